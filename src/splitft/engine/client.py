@@ -1,0 +1,175 @@
+"""A client of the federation: embedding and first blocks (in a U-shape also the exit), its data, its adapters.
+
+A round is a generator: it yields each message to send and is given the reply, so any transport can drive it (in-process in lockstep with
+other clients, or over a network alone). The client computes the same whoever is on the other side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+
+import torch
+from torch import Tensor
+
+from splitft.compress.base import Packet
+from splitft.engine.batches import Batch, gather, label_packet, require_targets
+from splitft.engine.exchange import Ownership, decode_vector, packet_bytes, parse_packet, put, round_end_frame, take
+from splitft.engine.settings import ClientState, Federation, load_moments, next_state
+from splitft.errors import ProtocolError
+from splitft.loss import Targets, training_loss
+from splitft.lora import AdapterBank
+from splitft.messages import Frame, RoundAccepted, RoundStart, StepFields, Type, decode, step_frame
+from splitft.optimizer import clip_factor
+from splitft.split import Route
+from splitft.types import Plan
+from splitft.wire import Stream
+
+Talk = Generator[bytes, bytes, None]
+
+
+def expect(data: bytes, kind: Type) -> Frame:
+    """The frame in `data`, which must be of this type. Raises ProtocolError."""
+    frame = decode(data)
+    if frame.type != kind:
+        raise ProtocolError(f"expected {kind.name}, got {frame.type.name}.", "both sides must run the same version and plan.")
+    return frame
+
+
+class Client:
+    """One participant in one round. `federation.split` needs only this client's blocks; `layout` names the columns of all keys."""
+
+    def __init__(self, federation: Federation, client: int, state: ClientState) -> None:
+        self.federation = federation
+        self.client = client
+        self.before = state
+        self.step_losses: list[float] = []
+        self.tokens = 0
+        self.targets = 0
+        self.state = state
+
+    def round(self, opening: bytes) -> Talk:
+        """The whole round; sends STEP_UP (and GRADIENT_UP) per micro-batch, then ROUND_END. Raises ProtocolError on a wrong message."""
+        frame = expect(opening, Type.ROUND_START)
+        self.start = frame.read(RoundStart)
+        if self.start.client != self.client:
+            raise ProtocolError(f"client {self.client} was sent the plan of client {self.start.client}.", "check the server's roster.")
+        self._prepare(frame)
+        squared = 0.0
+        for step in range(self.start.local_steps):
+            squared = yield from self._step(step, squared)
+        end = round_end_frame(
+            self.client, self.start.round, self.tokens, squared, sum(self.step_losses),
+            take(self.bank.values[0].cpu(), self.columns), self.federation.settings.adapter_codec,
+        )  # fmt: skip
+        batches = self.start.local_steps * self.start.gradient_accumulation
+        self.state = next_state(self.before, batches, self.federation.settings, self.moments, 0)
+        accepted = expect((yield end.encode()), Type.ROUND_ACCEPTED).read(RoundAccepted)
+        if accepted.client != self.client:
+            raise ProtocolError(f"the server accepted client {accepted.client}, this is {self.client}.", "check the server's roster.")
+
+    def _prepare(self, frame: Frame) -> None:
+        start, federation = self.start, self.federation
+        self.plan = Plan(start.client, start.cut, start.local_steps, start.rank, start.exit_on_client, start.tail_blocks)
+        self.ownership = Ownership(self.plan, federation.split.blocks)
+        self.columns = self.ownership.client_columns(federation.layout)
+        self.bank = AdapterBank(federation.layout, 1, federation.device, self.ownership.client_blocks())
+        vector = decode_vector(frame.packets[0], federation.settings.adapter_codec).to(federation.device)
+        with torch.no_grad():
+            put(self.bank.values[0], self.columns, vector)
+        self.moments = load_moments([self.before], federation.layout, federation.settings, federation.device)
+        settings = federation.settings
+        self.uplink, self.downlink = Stream.open(settings.uplink), Stream.open(settings.downlink)
+        self.exit_down, self.exit_up = Stream.open(settings.downlink), Stream.open(settings.uplink)
+
+    def _step(self, step: int, squared_before: float) -> Generator[bytes, bytes, float]:
+        """One optimizer step; returns the squared norm of this client's own gradients, which the server still needs."""
+        federation, start = self.federation, self.start
+        data, order = [federation.clients[self.client]], [federation.orders[self.client]]
+        first = self.before.batches + step * start.gradient_accumulation
+        batches = [gather(data, order, [first + micro], federation.device) for micro in range(start.gradient_accumulation)]
+        normaliser = sum(int(batch.targets[0]) for batch in batches)
+        require_targets(torch.tensor([normaliser]), data)
+        self.bank.zero_gradients()
+        loss_sum, server_squared = 0.0, 0.0
+        for micro, batch in enumerate(batches):
+            fields = StepFields(start.round, self.client, step, micro, normaliser, int(batch.targets[0]), squared_before)
+            talk = self._exit_here(fields, batch) if start.exit_on_client else self._exit_there(fields, batch)
+            result = yield from talk
+            loss_sum += result.loss_sum
+            server_squared = result.squared_norm
+            self.tokens += batch.tokens[0]
+        self.targets += normaliser
+        own = self.bank.gradients.square().sum(1, dtype=torch.float64).cpu()
+        if start.clip_norm > 0:
+            factor = clip_factor(own + server_squared, start.clip_norm)
+            self.bank.gradients.mul_(factor.to(self.bank.gradients.dtype).to(federation.device)[:, None])
+        federation.settings.optimizer.step(self.bank.values, self.bank.gradients, self.moments, start.rates[step])
+        self.step_losses.append(loss_sum / normaliser)
+        return float(own[0])
+
+    def _front(self, batch: Batch) -> Tensor:
+        route = Route(batch.ids.shape[0], last=self.plan.cut - 1, bank=self.bank)
+        return self.federation.split.run(route, batch.ids, batch.mask)
+
+    def _exit_there(self, fields: StepFields, batch: Batch) -> Generator[bytes, bytes, StepFields]:
+        """Labels travel; the server computes the loss."""
+        hidden = self._front(batch)
+        valid = batch.mask.reshape(-1).bool() if batch.mask is not None else None
+        packet = label_packet(_valid(batch.labels.reshape(-1), valid), self.federation.vocabulary)
+        frame = step_frame(Type.STEP_UP, fields, batch.lengths.reshape(-1).tolist(), (self._send(self.uplink, hidden, valid), packet_bytes(packet)))
+        reply = expect((yield frame.encode()), Type.STEP_DOWN)
+        hidden.backward(self._receive(self.downlink, reply, hidden, valid))  # type: ignore[no-untyped-call]
+        return reply.step()
+
+    def _exit_here(self, fields: StepFields, batch: Batch) -> Generator[bytes, bytes, StepFields]:
+        """Labels stay; the server sends its last hidden state and is sent the gradient of the loss with respect to it."""
+        hidden = self._front(batch)
+        valid = batch.mask.reshape(-1).bool() if batch.mask is not None else None
+        frame = step_frame(Type.STEP_UP, fields, batch.lengths.reshape(-1).tolist(), (self._send(self.uplink, hidden, valid),))
+        reply = expect((yield frame.encode()), Type.HIDDEN_DOWN)
+        state = self._receive(self.exit_down, reply, hidden, valid).requires_grad_(True)
+        split = self.federation.split
+        route = Route(batch.ids.shape[0], entries={self.ownership.server_end: state}, bank=self.bank)
+        final = split.run(route, None, batch.mask)
+        weight = torch.full((batch.ids.shape[0],), 1.0 / fields.normaliser, device=final.device)
+        loss, sums = training_loss(final, Targets.of(batch.labels), weight, split.head, split.anatomy)
+        loss.backward()  # type: ignore[no-untyped-call]
+        assert state.grad is not None
+        frame = step_frame(Type.GRADIENT_UP, fields, (), (self._send(self.exit_up, state.grad, valid),))
+        reply = expect((yield frame.encode()), Type.STEP_DOWN)
+        hidden.backward(self._receive(self.downlink, reply, hidden, valid))  # type: ignore[no-untyped-call]
+        return reply.step().with_result(float(sums.sum()), reply.step().squared_norm)
+
+    def _send(self, stream: Stream, tensor: Tensor, valid: Tensor | None) -> bytes:
+        """The packet of a tensor [b t d], padding left out."""
+        packet, stream.sender = stream.codec.encode(_valid(tensor.detach().reshape(-1, tensor.shape[-1]), valid), stream.sender)
+        return packet_bytes(packet)
+
+    def _receive(self, stream: Stream, frame: Frame, like: Tensor, valid: Tensor | None) -> Tensor:
+        """A tensor shaped as `like` from the frame's packet; padding is zero."""
+        decoded, stream.receiver = stream.codec.decode(parse_packet(frame.packets[0]), stream.receiver)
+        return spread(decoded, like.shape, valid, like)
+
+
+def _valid(flat: Tensor, valid: Tensor | None) -> Tensor:
+    return flat if valid is None else flat[valid]
+
+
+def spread(decoded: Tensor, shape: torch.Size, valid: Tensor | None, like: Tensor) -> Tensor:
+    """Tokens [q d] laid out as [b t d] with zeros for padding. Raises ProtocolError when their number does not fit."""
+    count = shape[0] * shape[1] if valid is None else int(valid.sum())
+    if decoded.shape != (count, shape[2]):
+        raise ProtocolError(f"a tensor of shape {tuple(decoded.shape)} arrived, due are {count} tokens of width {shape[2]}.", "check the plan.")
+    flat = decoded.to(like.device, like.dtype)
+    if valid is None:
+        return flat.reshape(shape)
+    result = like.new_zeros((shape[0] * shape[1], shape[2]))
+    result[valid] = flat
+    return result.reshape(shape)
+
+
+def packet_of(frame: Frame, index: int) -> Packet:
+    """Packet number `index` of a frame. Raises ProtocolError when it has fewer."""
+    if index >= len(frame.packets):
+        raise ProtocolError(f"{frame.type.name} carries {len(frame.packets)} packets, number {index + 1} is due.", "check both sides' versions.")
+    return parse_packet(frame.packets[index])

@@ -1,0 +1,97 @@
+"""What both ends of a round share: which columns of an adapter row a client holds, and the round's own messages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from splitft.compress.base import Codec, Packet
+from splitft.engine.settings import TrainSettings
+from splitft.errors import ProtocolError
+from splitft.lora import Layout
+from splitft.messages import Frame, RoundEnd, RoundStart, Type, round_frame
+from splitft.types import Plan
+
+
+@dataclass(frozen=True)
+class Ownership:
+    """Which blocks of a model with `blocks` blocks a client holds under a plan: the front, and in a U-shape the tail."""
+
+    plan: Plan
+    blocks: int
+
+    @property
+    def server_end(self) -> int:
+        """One behind the server's last block."""
+        return self.blocks - self.plan.tail_blocks if self.plan.exit_on_client else self.blocks
+
+    def client_blocks(self) -> list[int]:
+        return [*range(self.plan.cut), *range(self.server_end, self.blocks)]
+
+    def server_blocks(self) -> list[int]:
+        return list(range(self.plan.cut, self.server_end))
+
+    def client_columns(self, layout: Layout) -> list[slice]:
+        return [layout.columns(0, self.plan.cut), layout.columns(self.server_end, self.blocks)]
+
+    def server_columns(self, layout: Layout) -> slice:
+        return layout.columns(self.plan.cut, self.server_end)
+
+
+def take(row: Tensor, columns: list[slice]) -> Tensor:
+    """The chosen columns of a row [p] as one vector."""
+    return torch.cat([row[part] for part in columns])
+
+
+def put(row: Tensor, columns: list[slice], vector: Tensor) -> None:
+    """Write a vector from `take` back. Raises ProtocolError when its length does not fit."""
+    size = sum(part.stop - part.start for part in columns)
+    if vector.shape != (size,):
+        raise ProtocolError(f"adapters of shape {tuple(vector.shape)} arrived, {size} parameters are due.", "both sides must run the same plan.")
+    start = 0
+    for part in columns:
+        row[part] = vector[start : start + part.stop - part.start]
+        start += part.stop - part.start
+
+
+def packet_bytes(packet: Packet) -> bytes:
+    """Header and payload as one piece."""
+    return packet.header() + bytes(packet.payload)
+
+
+def parse_packet(data: bytes | memoryview) -> Packet:
+    """The single packet in `data`. Raises CodecError or ProtocolError."""
+    packet, rest = Packet.parse(memoryview(data))
+    if len(rest):
+        raise ProtocolError(f"{len(rest)} bytes follow a packet.", "run the same splitft version on both sides.")
+    return packet
+
+
+def round_start_frame(plan: Plan, round_index: int, first_step: int, settings: TrainSettings, adapters: Tensor) -> Frame:
+    """The message that opens a round for one client, with the global adapters [q] of its own blocks."""
+    fields = RoundStart(
+        round=round_index, client=plan.client, cut=plan.cut, tail_blocks=plan.tail_blocks, exit_on_client=plan.exit_on_client,
+        local_steps=plan.local_steps, gradient_accumulation=settings.gradient_accumulation, batch_size=settings.batch_size,
+        rank=plan.rank, clip_norm=settings.clip_norm, first_step=first_step,
+        rates=[settings.schedule.rate(first_step + step) for step in range(plan.local_steps)],
+    )  # fmt: skip
+    return round_frame(Type.ROUND_START, fields, (encode_vector(adapters, settings.adapter_codec),))
+
+
+def round_end_frame(client: int, round_index: int, tokens: int, squared_norm: float, loss_sum: float, adapters: Tensor, codec: Codec) -> Frame:
+    """The message that closes a round for one client, with the adapters [q] of its own blocks."""
+    fields = RoundEnd(round=round_index, client=client, tokens=tokens, squared_norm=squared_norm, loss_sum=loss_sum)
+    return round_frame(Type.ROUND_END, fields, (encode_vector(adapters, codec),))
+
+
+def encode_vector(vector: Tensor, codec: Codec) -> bytes:
+    packet, _ = codec.encode(vector, codec.init())
+    return packet_bytes(packet)
+
+
+def decode_vector(data: bytes | memoryview, codec: Codec) -> Tensor:
+    """Adapters [q] in float32 from their packet."""
+    vector, _ = codec.decode(parse_packet(data), codec.init())
+    return vector.float()

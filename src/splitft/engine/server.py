@@ -1,0 +1,268 @@
+"""The server of the federation: the blocks behind the clients' cuts, one session of adapters per client over one frozen base.
+
+`handle` takes the messages that are waiting and answers them. Sessions that wait together go through one pass, each entering at its own
+cut, so that no block computes rows that have not entered; in deterministic mode every session has a pass of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from splitft.engine.batches import length_mask, read_labels
+from splitft.engine.client import packet_of, spread
+from splitft.engine.exchange import Ownership, decode_vector, packet_bytes, put
+from splitft.engine.settings import ClientState, Federation, load_moments
+from splitft.errors import ProtocolError
+from splitft.loss import Targets, training_loss
+from splitft.lora import AdapterBank
+from splitft.messages import Frame, RoundAccepted, RoundEnd, StepFields, Type, decode, round_frame, step_frame
+from splitft.optimizer import clip_factor
+from splitft.split import Route
+from splitft.types import IGNORE_LABEL, RoundPlan
+from splitft.wire import Stream
+
+
+@dataclass
+class Session:
+    """The server's side of one client in one round. `row` is its bank row; `due` says that an optimizer step waits for the client's norm."""
+
+    ownership: Ownership
+    row: int
+    uplink: Stream
+    downlink: Stream
+    exit_down: Stream
+    exit_up: Stream
+    due: bool = False
+    finished: bool = False
+    step: int = 0
+    step_gradient: float = 0.0
+
+    @property
+    def client(self) -> int:
+        return self.ownership.plan.client
+
+
+@dataclass
+class Arrival:
+    """One session's tensor in a pass: its message, tokens per sequence, hidden state [b t d] and which positions are tokens."""
+
+    session: Session
+    fields: StepFields
+    lengths: Tensor
+    hidden: Tensor
+    valid: Tensor | None
+    labels: Tensor | None
+
+
+@dataclass
+class OpenPass:
+    """A U-shaped pass between its forward and its backward: who is in it, where each entered, what each was sent."""
+
+    arrivals: list[Arrival]
+    leaves: list[Tensor]
+    final: Tensor
+    gradients: dict[int, Tensor]
+
+
+class Server:
+    """Serves one round. `deterministic` runs every session alone, so results do not depend on who else is waiting."""
+
+    def __init__(
+        self, federation: Federation, plan: RoundPlan, first_step: int, adapters: Tensor, states: dict[int, ClientState], deterministic: bool
+    ) -> None:
+        self.federation = federation
+        self.plan = plan
+        self.first_step = first_step
+        self.deterministic = deterministic or not federation.split.anatomy.ragged
+        settings, count = federation.settings, len(plan.plans)
+        self.bank = AdapterBank(federation.layout, count, federation.device)
+        with torch.no_grad():
+            self.bank.values.copy_(adapters.to(federation.device)[None, :])
+        self.moments = load_moments([states.get(one.client, ClientState()) for one in plan.plans], federation.layout, settings, federation.device)
+        self.sessions = {
+            one.client: Session(
+                Ownership(one, federation.split.blocks), row, Stream.open(settings.uplink), Stream.open(settings.downlink),
+                Stream.open(settings.downlink), Stream.open(settings.uplink),
+            )
+            for row, one in enumerate(plan.plans)
+        }  # fmt: skip
+        self.open: list[OpenPass] = []
+
+    def handle(self, messages: Sequence[tuple[int, bytes]]) -> list[tuple[int, bytes]]:
+        """Answer the (client, message) pairs that are waiting, in client order. Raises ProtocolError; nothing is half-applied."""
+        frames = sorted(((client, decode(data)) for client, data in messages), key=lambda pair: pair[0])
+        replies: list[tuple[int, bytes]] = []
+        arrivals = [self._arrive(client, frame) for client, frame in frames if frame.type == Type.STEP_UP]
+        for group in self._groups(arrivals):
+            replies += self._forward(group)
+        for client, frame in frames:
+            if frame.type == Type.GRADIENT_UP:
+                replies += self._gradient(client, frame)
+            elif frame.type == Type.ROUND_END:
+                replies.append(self._finish(client, frame))
+            elif frame.type != Type.STEP_UP:
+                raise ProtocolError(f"client {client} sent {frame.type.name}, which only a server sends.", "check the client's version.")
+        return sorted(replies, key=lambda pair: pair[0])
+
+    def _session(self, client: int) -> Session:
+        session = self.sessions.get(client)
+        if session is None or session.finished:
+            state = "is not in" if session is None else "has finished"
+            raise ProtocolError(f"client {client} {state} round {self.plan.round}.", "wait for the next round's plan.")
+        return session
+
+    def _arrive(self, client: int, frame: Frame) -> Arrival:
+        """Check a STEP_UP against the plan, take the step it closes, decode its tensors."""
+        session, fields = self._session(client), frame.step()
+        plan, settings = session.ownership.plan, self.federation.settings
+        if fields.client != client or fields.round != self.plan.round or fields.step != session.step + (1 if session.due and fields.micro == 0 else 0):
+            raise ProtocolError(
+                f"client {client} sent round {fields.round}, step {fields.step}; due is round {self.plan.round}, step {session.step}.",
+                "messages must come in order; restart the round.",
+            )
+        if len(frame.lengths) != settings.batch_size or not all(frame.lengths):
+            raise ProtocolError(f"client {client} sent {len(frame.lengths)} sequences, the plan says {settings.batch_size}.", "check train.batch_size.")
+        if fields.micro == 0:
+            self._close_step(session, fields.squared_norm)
+            session.step = fields.step
+            self.bank.gradients[session.row].zero_()
+        lengths = torch.tensor(frame.lengths)
+        width = int(lengths.max())
+        mask = length_mask(lengths, width)
+        valid = None if mask is None else mask.reshape(-1).bool()
+        split = self.federation.split
+        like = torch.empty(0, device=self.federation.device, dtype=next(split.model.parameters()).dtype)
+        decoded, session.uplink.receiver = session.uplink.codec.decode(packet_of(frame, 0), session.uplink.receiver)
+        hidden = spread(decoded, torch.Size((len(lengths), width, decoded.shape[-1])), valid, like)
+        labels = None
+        if not plan.exit_on_client:
+            flat = torch.full((len(lengths) * width,), IGNORE_LABEL)
+            flat[slice(None) if valid is None else valid] = read_labels(packet_of(frame, 1), self.federation.vocabulary, int(lengths.sum()))
+            labels = flat.reshape(len(lengths), width)
+        return Arrival(session, fields, lengths, hidden, valid, labels)
+
+    def _groups(self, arrivals: list[Arrival]) -> list[list[Arrival]]:
+        """Which sessions share a pass: those with the same exit; alone in deterministic mode. Within a pass: by cut, then client."""
+        if self.deterministic:
+            return [[arrival] for arrival in arrivals]
+        groups: dict[tuple[bool, int], list[Arrival]] = {}
+        for arrival in arrivals:
+            plan = arrival.session.ownership.plan
+            groups.setdefault((plan.exit_on_client, plan.tail_blocks), []).append(arrival)
+        return [sorted(group, key=lambda one: (one.session.ownership.plan.cut, one.session.client)) for group in groups.values()]
+
+    def _forward(self, group: list[Arrival]) -> list[tuple[int, bytes]]:
+        """One ragged pass. With the exit here also its backward; else it stays open until the clients' gradients are in."""
+        width = max(arrival.hidden.shape[1] for arrival in group)
+        leaves = [_widen(arrival.hidden, width).requires_grad_(True) for arrival in group]
+        entries: dict[int, Tensor] = {}
+        for cut in sorted({arrival.session.ownership.plan.cut for arrival in group}):
+            entries[cut] = torch.cat([leaf for leaf, one in zip(leaves, group, strict=True) if one.session.ownership.plan.cut == cut])
+        split, first = self.federation.split, group[0].session.ownership
+        mask = length_mask(torch.stack([arrival.lengths for arrival in group]), width)
+        rows = torch.tensor([arrival.session.row for arrival in group], device=self.federation.device)
+        last = first.server_end - 1 if first.plan.exit_on_client else None
+        route = Route(sum(leaf.shape[0] for leaf in leaves), last, entries, None, self.bank, rows, len(group))
+        final = split.run(route, None, None if mask is None else mask.to(self.federation.device))
+        if first.plan.exit_on_client:
+            self.open.append(OpenPass(group, leaves, final, {}))
+            return self._send_hidden(group, final)
+        labels = torch.cat([_widen_labels(arrival.labels, width) for arrival in group]).to(final.device)
+        sequences = group[0].lengths.shape[0]
+        weight = torch.tensor([1.0 / arrival.fields.normaliser for arrival in group]).repeat_interleave(sequences).to(final.device)
+        loss, sums = training_loss(final, Targets.of(labels), weight, split.head, split.anatomy)
+        loss.backward()  # type: ignore[no-untyped-call]
+        return self._answer(group, leaves, sums.cpu().reshape(-1, sequences).sum(1))
+
+    def _send_hidden(self, group: list[Arrival], final: Tensor) -> list[tuple[int, bytes]]:
+        replies = []
+        for arrival, part in zip(group, final.detach().split([arrival.lengths.shape[0] for arrival in group]), strict=True):
+            session = arrival.session
+            packet, session.exit_down.sender = session.exit_down.codec.encode(_tokens(part, arrival), session.exit_down.sender)
+            replies.append((session.client, step_frame(Type.HIDDEN_DOWN, arrival.fields, (), (packet_bytes(packet),)).encode()))
+        return replies
+
+    def _gradient(self, client: int, frame: Frame) -> list[tuple[int, bytes]]:
+        """A U-shaped client's gradient; when the last of its pass is in, the backward runs and all are answered."""
+        session = self._session(client)
+        for waiting in self.open:
+            for position, arrival in enumerate(waiting.arrivals):
+                if arrival.session is session:
+                    decoded, session.exit_up.receiver = session.exit_up.codec.decode(packet_of(frame, 0), session.exit_up.receiver)
+                    shape = torch.Size((arrival.hidden.shape[0], arrival.hidden.shape[1], decoded.shape[-1]))
+                    waiting.gradients[position] = _widen(spread(decoded, shape, arrival.valid, arrival.hidden), waiting.final.shape[1])
+                    if len(waiting.gradients) < len(waiting.arrivals):
+                        return []
+                    self.open.remove(waiting)
+                    gradient = torch.cat([waiting.gradients[k] for k in range(len(waiting.arrivals))])
+                    waiting.final.backward(gradient)  # type: ignore[no-untyped-call]
+                    return self._answer(waiting.arrivals, waiting.leaves, torch.zeros(len(waiting.arrivals)))
+        raise ProtocolError(f"client {client} sent a gradient for no open pass.", "messages must come in order; restart the round.")
+
+    def _answer(self, group: list[Arrival], leaves: list[Tensor], sums: Tensor) -> list[tuple[int, bytes]]:
+        """STEP_DOWN for everyone in the pass, with the squared norm of the gradients the server holds for it so far."""
+        replies = []
+        for arrival, leaf, loss_sum in zip(group, leaves, sums.tolist(), strict=True):
+            session = arrival.session
+            assert leaf.grad is not None
+            packet, session.downlink.sender = session.downlink.codec.encode(_tokens(leaf.grad, arrival), session.downlink.sender)
+            columns = session.ownership.server_columns(self.federation.layout)
+            session.step_gradient = float(self.bank.gradients[session.row, columns].square().sum(dtype=torch.float64))
+            session.due = True
+            fields = arrival.fields.with_result(loss_sum, session.step_gradient)
+            replies.append((session.client, step_frame(Type.STEP_DOWN, fields, (), (packet_bytes(packet),)).encode()))
+        return replies
+
+    def _close_step(self, session: Session, client_squared: float) -> None:
+        """The optimizer step that waited for the client's part of the gradient norm."""
+        if not session.due:
+            return
+        session.due = False
+        settings, columns = self.federation.settings, session.ownership.server_columns(self.federation.layout)
+        one = slice(session.row, session.row + 1)
+        gradients = self.bank.gradients[one, columns]
+        if settings.clip_norm > 0:
+            squared = torch.tensor([client_squared + session.step_gradient], dtype=torch.float64)
+            gradients.mul_(clip_factor(squared, settings.clip_norm).to(gradients.dtype).to(gradients.device)[:, None])
+        rate = settings.schedule.rate(self.first_step + session.step)
+        settings.optimizer.step(self.bank.values[one, columns], gradients, self.moments.select(one, columns), rate)
+
+    def _finish(self, client: int, frame: Frame) -> tuple[int, bytes]:
+        """Take a participant's own adapters beside its session's."""
+        session, end = self._session(client), frame.read(RoundEnd)
+        if end.client != client or end.round != self.plan.round:
+            raise ProtocolError(f"client {client} closed round {end.round} as client {end.client}.", "check the client's identity.")
+        if session.step != session.ownership.plan.local_steps - 1 or not session.due:
+            raise ProtocolError(f"client {client} closed the round after step {session.step + 1} of {session.ownership.plan.local_steps}.", "finish the steps.")
+        codec = self.federation.settings.adapter_codec
+        vector = decode_vector(frame.packets[0], codec).to(self.federation.device)
+        self._close_step(session, end.squared_norm)
+        put(self.bank.values[session.row], session.ownership.client_columns(self.federation.layout), vector)
+        session.finished = True
+        return client, round_frame(Type.ROUND_ACCEPTED, RoundAccepted(round=self.plan.round, client=client)).encode()
+
+
+def _tokens(tensor: Tensor, arrival: Arrival) -> Tensor:
+    """The tokens [q d] of one session's rows [b t d] of a pass, padding of the pass and of the session left out."""
+    own = tensor[:, : arrival.hidden.shape[1]].reshape(-1, tensor.shape[-1])
+    return own if arrival.valid is None else own[arrival.valid.to(own.device)]
+
+
+def _widen(hidden: Tensor, width: int) -> Tensor:
+    """Rows padded with zeros to the pass's width."""
+    if hidden.shape[1] == width:
+        return hidden.detach().clone()
+    wide = hidden.new_zeros((hidden.shape[0], width, hidden.shape[2]))
+    wide[:, : hidden.shape[1]] = hidden.detach()
+    return wide
+
+
+def _widen_labels(labels: Tensor | None, width: int) -> Tensor:
+    assert labels is not None
+    wide = torch.full((labels.shape[0], width), IGNORE_LABEL)
+    wide[:, : labels.shape[1]] = labels
+    return wide

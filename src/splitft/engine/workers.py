@@ -1,0 +1,69 @@
+"""Train with real client and server workers that exchange messages: the deployment's code path, in one process."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from splitft.engine.client import Client
+from splitft.engine.exchange import Ownership, round_start_frame, take
+from splitft.engine.ledger import Ledger
+from splitft.engine.server import Server
+from splitft.engine.settings import ClientState, Federation, OnStep, RoundResult
+from splitft.messages import Type, decode
+from splitft.transport.base import Talk, Transport
+from splitft.types import Direction, RoundPlan
+
+
+class WorkersExecutor:
+    """One `Client` per participant and one `Server` for the round, over a transport. Slower than a cohort, and message for message what a
+    deployment does; `deterministic` gives every session a server pass of its own."""
+
+    def __init__(self, federation: Federation, transport: Transport, deterministic: bool = True) -> None:
+        self.federation = federation
+        self.transport = transport
+        self.deterministic = deterministic
+
+    def train(self, plan: RoundPlan, first_step: int, adapters: Tensor, states: dict[int, ClientState], on_step: OnStep) -> RoundResult:
+        """Every participant's local steps from the global adapters [p]; `on_step` is told of each step a client finishes."""
+        federation, ledger = self.federation, Ledger()
+        server = Server(federation, plan, first_step, adapters, states, self.deterministic)
+        clients = {one.client: Client(federation, one.client, states.get(one.client, ClientState())) for one in plan.plans}
+        talks: dict[int, Talk] = {}
+        for one in plan.plans:
+            columns = Ownership(one, federation.split.blocks).client_columns(federation.layout)
+            opening = round_start_frame(one, plan.round, first_step, federation.settings, take(adapters, columns))
+            ledger.add_frame(one.client, "down", opening)
+            talks[one.client] = clients[one.client].round(opening.encode())
+
+        def observe(client: int, direction: Direction, message: bytes) -> None:
+            frame = decode(message)
+            ledger.add_frame(client, direction, frame)
+            if frame.type == Type.STEP_DOWN:
+                fields = frame.step()
+                on_step(1 if fields.micro == federation.settings.gradient_accumulation - 1 else 0)
+
+        self.transport.carry(talks, server.handle, observe)
+        return self._result(plan, server, clients, ledger)
+
+    def _result(self, plan: RoundPlan, server: Server, clients: dict[int, Client], ledger: Ledger) -> RoundResult:
+        order = [one.client for one in plan.plans]
+        states = {client: clients[client].state for client in order}
+        if self.federation.settings.keep_moments:
+            # The moments of a client's key are one value wherever the key is trained: join the session's part to the client's.
+            for one in plan.plans:
+                session, state = server.sessions[one.client], states[one.client]
+                columns = session.ownership.server_columns(self.federation.layout)
+                assert state.first is not None
+                assert state.second is not None
+                state.first[columns] = server.moments.first[session.row, columns].cpu()
+                state.second[columns] = server.moments.second[session.row, columns].cpu()
+        return RoundResult(
+            plans=plan.plans,
+            values=torch.stack([server.bank.values[server.sessions[client].row].cpu() for client in order]),
+            tokens=[clients[client].tokens for client in order],
+            step_losses=[clients[client].step_losses for client in order],
+            ledger=ledger,
+            states=states,
+            targets=[clients[client].targets for client in order],
+        )

@@ -1,0 +1,126 @@
+"""Projection to the vocabulary and cross-entropy in chunks of tokens, gradient formed in the same pass.
+
+The logits of a batch (tokens x vocabulary floats, often the largest tensor of a step) never exist whole: each chunk's logits give
+its loss and at once the gradient with respect to its hidden states. Positions without a target are not computed at all.
+
+Axes: q positions with a target, d hidden width, v vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from splitft.models.base import Anatomy
+from splitft.types import IGNORE_LABEL
+
+CHUNK_ELEMENTS = 4_000_000
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What a batch [rows t] is to predict: `positions` [q] into the flattened batch, `labels` [q], `row` [q] the row of each."""
+
+    positions: Tensor
+    labels: Tensor
+    row: Tensor
+    rows: int
+
+    @classmethod
+    def of(cls, labels: Tensor) -> Targets:
+        """From shifted labels [rows t]: labels[.., t] is the token at t + 1, IGNORE_LABEL where nothing is to be predicted."""
+        flat = labels.reshape(-1)
+        positions = torch.nonzero(flat != IGNORE_LABEL).squeeze(1)
+        return cls(positions, flat[positions], positions // labels.shape[1], labels.shape[0])
+
+    def count_by_row(self) -> Tensor:
+        """Targets of each row [rows]."""
+        return torch.bincount(self.row, minlength=self.rows)
+
+
+def shift_labels(ids: Tensor, trained: Tensor) -> Tensor:
+    """Labels [rows t] for next-token prediction: position t is to predict token t + 1 if that token is trained on."""
+    labels = torch.full_like(ids, IGNORE_LABEL)
+    labels[:, :-1] = torch.where(trained[:, 1:], ids[:, 1:], IGNORE_LABEL)
+    return labels
+
+
+def chunk_tokens(vocabulary: int) -> int:
+    """Tokens whose logits make about 16 MB in float32."""
+    return max(16, CHUNK_ELEMENTS // vocabulary)
+
+
+def token_losses(hidden: Tensor, head: Callable[[Tensor], Tensor], labels: Tensor, vocabulary: int) -> tuple[Tensor, Tensor]:
+    """Negative log-likelihood [q] and whether the arg-max is right [q], without gradient, for hidden states [q d]."""
+    losses, right = [], []
+    size = chunk_tokens(vocabulary)
+    with torch.no_grad():
+        for start in range(0, hidden.shape[0], size):
+            logits = head(hidden[start : start + size]).float()
+            target = labels[start : start + size]
+            losses.append(F.cross_entropy(logits, target, reduction="none"))
+            right.append(logits.argmax(-1) == target)
+    if not losses:
+        return hidden.new_zeros(0, dtype=torch.float32), torch.zeros(0, dtype=torch.bool, device=hidden.device)
+    return torch.cat(losses), torch.cat(right)
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """(hidden [q d], weight [q]) -> sum of weight * nll, with each token's nll [q] beside it."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, head: nn.Module, anatomy: Anatomy) -> tuple[Tensor, Tensor]:
+        matrix, bias = head.weight, getattr(head, "bias", None)
+        size = chunk_tokens(matrix.shape[0])  # type: ignore[arg-type,index]
+        gradient, losses = torch.empty_like(hidden), hidden.new_empty(hidden.shape[0], dtype=torch.float32)
+        for start in range(0, hidden.shape[0], size):
+            part = slice(start, start + size)
+            if anatomy.after_head == "nothing":
+                losses[part], gradient[part] = _closed_form(hidden[part], weight[part], labels[part], matrix, bias)  # type: ignore[arg-type]
+            else:
+                losses[part], gradient[part] = _by_autograd(hidden[part], weight[part], labels[part], head, anatomy)
+        ctx.save_for_backward(gradient)
+        ctx.mark_non_differentiable(losses)
+        return (losses * weight).sum(), losses
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor, None, None, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * outputs[0].to(gradient.dtype), None, None, None, None
+
+
+def _closed_form(hidden: Tensor, weight: Tensor, labels: Tensor, matrix: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """nll and gradient of one chunk: softmax minus one-hot, times the head matrix."""
+    logits = F.linear(hidden.to(matrix.dtype), matrix, bias).float()
+    target = labels[:, None]
+    losses = torch.logsumexp(logits, 1) - logits.gather(1, target).squeeze(1)
+    probabilities = torch.softmax(logits, 1, dtype=torch.float32)
+    probabilities.scatter_add_(1, target, torch.full_like(target, -1.0, dtype=torch.float32))
+    probabilities.mul_(weight[:, None])
+    return losses, (probabilities.to(matrix.dtype) @ matrix).to(hidden.dtype)
+
+
+def _by_autograd(hidden: Tensor, weight: Tensor, labels: Tensor, head: nn.Module, anatomy: Anatomy) -> tuple[Tensor, Tensor]:
+    """nll and gradient of one chunk for heads followed by a scale or a soft cap."""
+    with torch.enable_grad():
+        leaf = hidden.detach().requires_grad_(True)
+        losses = F.cross_entropy(anatomy.finish(head(leaf)).float(), labels, reduction="none")
+        (gradient,) = torch.autograd.grad((losses * weight).sum(), leaf)
+    return losses.detach(), gradient
+
+
+def training_loss(hidden: Tensor, targets: Targets, row_weight: Tensor, head: nn.Module, anatomy: Anatomy) -> tuple[Tensor, Tensor]:
+    """Loss to call backward on, and the summed nll of each row [rows] in float64.
+
+    `hidden` [rows t d] stands in front of the LM head; `row_weight` [rows] multiplies every target of a row (1 / targets of the
+    client's optimizer step makes each client's share its own token mean).
+    """
+    chosen = hidden.reshape(-1, hidden.shape[-1]).index_select(0, targets.positions)
+    loss, losses = ChunkedCrossEntropy.apply(chosen, row_weight[targets.row], targets.labels, head, anatomy)  # type: ignore[no-untyped-call]
+    sums = torch.zeros(targets.rows, dtype=torch.float64, device=hidden.device)
+    return loss, sums.index_add_(0, targets.row, losses.double())

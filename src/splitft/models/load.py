@@ -1,0 +1,161 @@
+"""Load a model, whole or only what one side owns.
+
+A side's model is built by the family's own class with the blocks of other sides left out before any weight is read, so the loader of
+transformers (names, shards, conversions, tying) only ever asks for tensors that exist on this side.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from splitft.errors import ModelError
+from splitft.models.anatomy import block_count, find_blocks, find_head
+
+EMBEDDED = "embedded"
+ASSETS = Path(__file__).resolve().parent.parent / "assets"
+
+
+class NotOwned(nn.Module):
+    """Stands where another side's block or head would be; holds no tensors and cannot run."""
+
+    def __init__(self, like: nn.Module) -> None:
+        super().__init__()
+        for name, value in vars(like).items():
+            if not name.startswith("_") and isinstance(value, str | int | float | bool):
+                setattr(self, name, value)
+
+
+def resolve(path: str) -> str:
+    """The folder or hub name behind model.path; `embedded` is the model that comes with the package.
+
+    Raises ModelError when a local folder is meant but not there.
+    """
+    if path == EMBEDDED:
+        folder = ASSETS / "model"
+        if not (folder / "config.json").is_file():
+            raise ModelError("the embedded model is missing from this installation.", "reinstall splitft, or set model.path to a folder.")
+        return str(folder)
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ModelError(f"{path} has no config.json.", "model.path must be a folder written by save_pretrained, or a hub name.")
+        return str(folder)
+    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
+    if looks_local:
+        names = [entry.name for entry in folder.parent.iterdir()] if folder.parent.is_dir() else []
+        near = difflib.get_close_matches(folder.name, names, n=1)
+        hint = f" Did you mean {folder.parent / near[0]}?" if near else ""
+        raise ModelError(f"model.path: there is no folder {path}.{hint}", "give a folder with config.json, a hub name such as gpt2, or 'embedded'.")
+    return path
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keep transformers' loading reports and progress bars out of our output."""
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity(logging.ERROR)
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(before)
+
+
+def load_model_config(path: str, revision: str = "") -> PreTrainedConfig:
+    """The model's configuration. Raises ModelError when it cannot be read."""
+    from splitft.selfcheck import without_dropout
+
+    where = resolve(path)
+    try:
+        with quiet_transformers():
+            return without_dropout(AutoConfig.from_pretrained(where, revision=revision or None, trust_remote_code=False))
+    except Exception as problem:
+        raise ModelError(f"model.path: cannot read the configuration of {path!r}: {_first_line(problem)}", _REMEDY) from problem
+
+
+_REMEDY = "check the name, or the network if it is a hub name (HF_HUB_OFFLINE must not be set); a local folder needs config.json and *.safetensors."
+
+
+def load_tokenizer(path: str, revision: str = "") -> PreTrainedTokenizerBase:
+    """The model's tokenizer. Raises ModelError when there is none."""
+    try:
+        with quiet_transformers():
+            return AutoTokenizer.from_pretrained(resolve(path), revision=revision or None, trust_remote_code=False)  # type: ignore[no-any-return,no-untyped-call]
+    except ModelError:
+        raise
+    except Exception as problem:
+        raise ModelError(f"model.path: cannot load a tokenizer for {path!r}: {_first_line(problem)}", _REMEDY) from problem
+
+
+def load_model(
+    path: str,
+    config: PreTrainedConfig,
+    dtype: torch.dtype = torch.float32,
+    attention: str = "sdpa",
+    blocks: Sequence[int] | None = None,
+    needs_exit: bool = True,
+    revision: str = "",
+) -> PreTrainedModel:
+    """The causal LM with frozen weights in `dtype`; with `blocks`, only those blocks' tensors are read.
+
+    `needs_exit` false leaves out an LM head that is a tensor of its own. Only safetensors files are read. Raises ModelError.
+    """
+    cls = causal_class(config)
+    chosen = cls if blocks is None else _partial(cls, frozenset(blocks), needs_exit)
+    options: dict[str, Any] = {"config": config, "dtype": dtype, "use_safetensors": True, "low_cpu_mem_usage": True}
+    where = resolve(path)
+    try:
+        with quiet_transformers():
+            try:
+                model = chosen.from_pretrained(where, revision=revision or "main", attn_implementation=attention, **options)
+            except ValueError as problem:
+                if "attention" not in str(problem).lower() and "attn" not in str(problem).lower():
+                    raise
+                model = chosen.from_pretrained(where, revision=revision or "main", attn_implementation="eager", **options)
+    except Exception as problem:
+        raise ModelError(f"model.path: cannot load {path!r}: {_first_line(problem)}", _REMEDY) from problem
+    missing = sorted(name for name, parameter in model.named_parameters() if parameter.is_meta)
+    if missing:
+        raise ModelError(f"{path!r} has no tensor for {missing[0]} ({len(missing)} are missing).", "the checkpoint does not belong to its config.json.")
+    model.requires_grad_(False)
+    return model.eval()  # type: ignore[no-any-return]
+
+
+def causal_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """The causal LM class of a configuration; ModelError when the family has none."""
+    mapping = AutoModelForCausalLM._model_mapping  # type: ignore[attr-defined]
+    if type(config) not in mapping:
+        raise ModelError(f"{config.model_type} has no causal language model in the installed transformers.", "choose a decoder-only model.")
+    return mapping[type(config)]  # type: ignore[no-any-return]
+
+
+def _partial(cls: type[PreTrainedModel], owned: frozenset[int], needs_exit: bool) -> type[PreTrainedModel]:
+    """The class with other sides' blocks (and the head, unless needed) left out at construction."""
+
+    def build(self: Any, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
+        cls.__init__(self, config, *args, **kwargs)
+        _, blocks = find_blocks(self, block_count(config))
+        for index, block in enumerate(list(blocks)):
+            if index not in owned:
+                blocks[index] = NotOwned(block)
+        if not needs_exit and not getattr(config.get_text_config(), "tie_word_embeddings", False):
+            path, head = find_head(self)
+            parent, _, name = path.rpartition(".")
+            setattr(self.get_submodule(parent), name, NotOwned(head))
+
+    return type(cls.__name__, (cls,), {"__init__": build, "__module__": cls.__module__})
+
+
+def _first_line(problem: Exception) -> str:
+    text = str(problem).strip().splitlines()
+    return f"{type(problem).__name__}: {text[0] if text else ''}"

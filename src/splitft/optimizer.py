@@ -1,0 +1,89 @@
+"""AdamW over the rows of an adapter bank, global-norm clipping, and learning-rate schedules.
+
+AdamW: Loshchilov and Hutter 2017, arXiv 1711.05101; the arithmetic is torch.optim.AdamW's, step by step, with a step count per row.
+Schedules are those of transformers' `get_scheduler` (linear, cosine, constant), so that a run of one client is a plain fine-tuning.
+
+Axes: n rows (clients), p adapter parameters.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from splitft.errors import ConfigError
+
+SCHEDULES = ("constant", "linear", "cosine")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The learning rate of every step: linear warm-up from zero, then constant, or linear or half-cosine decay to zero at `total_steps`."""
+
+    peak: float
+    total_steps: int
+    warmup_steps: int = 0
+    shape: str = "linear"
+
+    def __post_init__(self) -> None:
+        if self.shape not in SCHEDULES:
+            raise ConfigError(f"train.schedule is {self.shape!r}.", f"choose one of {', '.join(SCHEDULES)}.")
+
+    def rate(self, step: int) -> float:
+        """Learning rate of the optimizer step with this 0-based index."""
+        if step < self.warmup_steps:
+            return self.peak * step / max(1, self.warmup_steps)
+        if self.shape == "constant":
+            return self.peak
+        progress = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
+        if self.shape == "linear":
+            return self.peak * max(0.0, 1.0 - progress)
+        return self.peak * max(0.0, 0.5 * (1.0 + math.cos(math.pi * progress)))
+
+
+@dataclass(frozen=True)
+class AdamW:
+    """Hyper-parameters; `step` applies them. The state is a `Moments` value owned by the caller."""
+
+    beta1: float = 0.9
+    beta2: float = 0.999
+    epsilon: float = 1e-8
+    weight_decay: float = 0.0
+
+    def step(self, values: Tensor, gradients: Tensor, moments: Moments, rate: float) -> None:
+        """One step in place on values [n p] with gradients [n p]."""
+        moments.steps += 1
+        values.mul_(1.0 - rate * self.weight_decay)
+        moments.first.lerp_(gradients, 1.0 - self.beta1)
+        moments.second.mul_(self.beta2).addcmul_(gradients, gradients, value=1.0 - self.beta2)
+        steps = moments.steps.to(torch.float64)
+        step_size = (rate / (1.0 - self.beta1**steps)).to(values.device, torch.float32)[:, None]
+        root = (1.0 - self.beta2**steps).sqrt().to(values.device, torch.float32)[:, None]
+        denominator = (moments.second.sqrt() / root).add_(self.epsilon)
+        values.sub_(moments.first / denominator * step_size)
+
+
+@dataclass
+class Moments:
+    """AdamW's running means [n p] and the steps each row has taken [n]."""
+
+    first: Tensor
+    second: Tensor
+    steps: Tensor
+
+    @classmethod
+    def zeros(cls, rows: int, parameters: int, device: torch.device | str = "cpu") -> Moments:
+        zero = torch.zeros(rows, parameters, device=device)
+        return cls(zero, zero.clone(), torch.zeros(rows, dtype=torch.int64))
+
+    def select(self, rows: list[int] | slice, columns: slice) -> Moments:
+        """A view (for a slice) or copy (for a list) of some rows and columns."""
+        return Moments(self.first[rows, columns], self.second[rows, columns], self.steps[rows])
+
+
+def clip_factor(squared_norm: Tensor, limit: float) -> Tensor:
+    """Factor [n] that brings gradients of these squared norms [n] (float64) to at most `limit`, as torch's clip_grad_norm_ does."""
+    return (limit / (squared_norm.sqrt() + 1e-6)).clamp(max=1.0)

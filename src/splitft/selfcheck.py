@@ -1,0 +1,223 @@
+"""Find a family's anatomy and prove, before anything is trained, that cutting it changes nothing.
+
+A copy of the model with the same configuration but tiny widths and few blocks is built with random weights and run whole and cut at
+every block; hidden states, logits and gradients must agree. So "which models work" is a check, not a list.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from splitft.errors import ModelError
+from splitft.models.anatomy import block_count, find_blocks, find_head
+from splitft.models.base import AfterHead, Anatomy
+from splitft.split import Route, SplitModel
+
+TINY_BLOCKS = 4
+TINY_TOKENS = 6
+TOLERANCE = 1e-4
+SHARED_STATE = ("num_kv_shared_layers", "hidden_size_per_layer_input", "num_nextn_predict_layers_shared")
+
+
+def refuse_unsupported(config: PreTrainedConfig, name: str) -> None:
+    """ModelError for what is known not to be a chain of blocks with one state between them."""
+    if config.is_encoder_decoder:
+        raise ModelError(f"{name} is an encoder-decoder ({config.model_type}).", "splitft splits decoder-only causal language models.")
+    text = config.get_text_config()
+    for field in SHARED_STATE:
+        if getattr(text, field, 0):
+            raise ModelError(
+                f"{name} ({config.model_type}) has {field} = {getattr(text, field)}: its blocks share more than one hidden state.",
+                "such a model cannot be cut between blocks without sending that too; choose another model.",
+            )
+
+
+def shrink(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The same family with a few blocks, narrow widths and a small vocabulary; per-block lists are cut to length."""
+    small = copy.deepcopy(config)
+    text = small.get_text_config()
+    blocks = int(text.num_hidden_layers)
+    keep = min(blocks, max(2, TINY_BLOCKS))
+    heads = int(text.num_attention_heads)
+    groups = int(getattr(text, "num_key_value_heads", None) or heads)
+    tiny_heads = 4 if heads >= 4 else heads
+    tiny_groups = tiny_heads if groups == heads else max(1, tiny_heads * groups // heads)
+    for name, value in list(vars(text).items()):
+        if isinstance(value, list) and len(value) == blocks and blocks > 1:
+            setattr(text, name, value[:keep])
+    _set(text, "num_hidden_layers", keep)
+    if getattr(text, "attention_types", None) and text.model_type == "gpt_neo":
+        text.attention_types = [[list(text.attention_layers), 1]]
+    width = tiny_heads * 16
+    ratio = (getattr(text, "word_embed_proj_dim", None) or text.hidden_size) / text.hidden_size
+    for name, value in {
+        "hidden_size": width, "num_attention_heads": tiny_heads, "num_key_value_heads": tiny_groups, "intermediate_size": 2 * width,
+        "ffn_dim": 2 * width, "n_inner": 2 * width, "moe_intermediate_size": width, "shared_expert_intermediate_size": width,
+        "head_dim": 16, "vocab_size": 64, "word_embed_proj_dim": max(8, int(width * ratio)), "num_local_experts": 4, "num_experts": 4,
+        "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "q_lora_rank": 16, "kv_lora_rank": 16,
+        "qk_nope_head_dim": 8, "qk_rope_head_dim": 16, "v_head_dim": 16, "query_pre_attn_scalar": 16, "rotary_dim": 8, "max_window_layers": 1, "sliding_window": 3, "window_size": 3,
+    }.items():  # fmt: skip
+        if getattr(text, name, None) is not None:
+            _set(text, name, value)
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        if getattr(text, name, None) is not None:
+            setattr(text, name, 0)
+    return small
+
+
+def _set(config: PreTrainedConfig, name: str, value: Any) -> None:
+    """Set a field through the family's own name for it; drop it silently where the family computes it (GPT-Neo's layer count)."""
+    try:
+        setattr(config, name, value)
+    except (AttributeError, TypeError):
+        return
+
+
+def without_dropout(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The configuration with every dropout rate at zero: split and unsplit would otherwise draw different masks."""
+    clean = copy.deepcopy(config)
+    for part in {id(clean): clean, id(clean.get_text_config()): clean.get_text_config()}.values():
+        for name, value in list(vars(part).items()):
+            if ("drop" in name or name == "layerdrop") and isinstance(value, float):
+                setattr(part, name, 0.0)
+    return clean
+
+
+def inspect_family(config: PreTrainedConfig, name: str, attention: str = "sdpa") -> Anatomy:
+    """The anatomy of the family, after the self-check. Takes 0.1 to 0.5 s; no weights are needed.
+
+    Raises ModelError naming what was found when the model is not supported or a cut would change its results.
+    """
+    refuse_unsupported(config, name)
+    try:
+        return _inspect(shrink(without_dropout(config)), name, attention)
+    except ModelError:
+        raise
+    except Exception as problem:
+        raise ModelError(
+            f"{name} ({config.model_type}): the self-check could not run a small copy: {type(problem).__name__}: {problem}",
+            "this family is not supported by the installed transformers version or is not a chain of blocks.",
+        ) from problem
+
+
+def _inspect(config: PreTrainedConfig, name: str, attention: str) -> Anatomy:
+    with torch.random.fork_rng(devices=[]):
+        model = loud(build_random(config, attention))
+        ids = torch.randint(1, config.get_text_config().vocab_size, (3, TINY_TOKENS))
+    mask = torch.ones_like(ids)
+    mask[1, -2:] = 0
+    blocks_path, blocks = find_blocks(model, block_count(config))
+    head_path, head = find_head(model)
+    seen: dict[str, Any] = {}
+    hooks = [
+        blocks[-1].register_forward_hook(lambda module, inputs, output: seen.update(output=output)),
+        head.register_forward_hook(lambda module, inputs, output: seen.update(raw=output)),
+    ]
+    whole = {}
+    with torch.no_grad():
+        for case, given in (("plain", None), ("padded", mask)):
+            logits = model(input_ids=ids, attention_mask=given, use_cache=False).logits
+            whole[case] = (logits.detach(), given)
+            raw = seen["raw"]
+    for hook in hooks:
+        hook.remove()
+    _require_causal(model, ids, name)
+    kind, value = _after_head(config, raw, logits, name)
+    anatomy = Anatomy(blocks_path, head_path, isinstance(seen["output"], tuple), kind, value)
+    return _prove(model, anatomy, ids, whole, name)
+
+
+def _require_causal(model: PreTrainedModel, ids: Tensor, name: str) -> None:
+    """ModelError when a later token changes an earlier prediction (BERT and kin, built without their decoder switch)."""
+    other = ids.clone()
+    other[:, -1] = (other[:, -1] + 1) % model.config.get_text_config().vocab_size
+    with torch.no_grad():
+        first, second = (model(input_ids=given, use_cache=False).logits[:, :-1] for given in (ids, other))
+    if not torch.allclose(first, second, atol=1e-5, rtol=1e-4):
+        raise ModelError(f"{name} ({model.config.model_type}) looks ahead: a later token changes an earlier prediction.", "choose a causal model.")
+
+
+def build_random(config: PreTrainedConfig, attention: str) -> PreTrainedModel:
+    """A model with random weights from its configuration, in evaluation mode; falls back to eager attention where sdpa is not offered."""
+    try:
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    except ValueError as problem:
+        if "attn_implementation" not in str(problem) and "attention" not in str(problem).lower():
+            raise
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    return model.float().eval()  # type: ignore[no-any-return]
+
+
+def loud(model: PreTrainedModel) -> PreTrainedModel:
+    """Give every block weights large enough that leaving something out of a pass shows in the logits (fresh models are near linear)."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim >= 2:
+                parameter.normal_(0.0, 0.2)
+            elif not name.endswith("bias"):
+                parameter.uniform_(0.7, 1.3)
+            else:
+                parameter.normal_(0.0, 0.1)
+    return model
+
+
+def _after_head(config: PreTrainedConfig, raw: Tensor, logits: Tensor, name: str) -> tuple[AfterHead, float]:
+    """Which known step turns the head's output into the logits."""
+    text = config.get_text_config()
+    candidates: list[tuple[AfterHead, float]] = [("nothing", 1.0)]
+    for kind, field in (("divide", "logits_scaling"), ("multiply", "logit_scale"), ("softcap", "final_logit_softcapping")):
+        value = getattr(text, field, None)
+        if value is not None:
+            candidates.append((kind, float(value)))  # type: ignore[arg-type]
+    for kind, value in candidates:
+        if torch.allclose(Anatomy("", "", False, kind, value).finish(raw.float()), logits.float(), atol=1e-5, rtol=1e-4):
+            return kind, value
+    raise ModelError(f"{name} ({text.model_type}) changes the logits behind its LM head in a way splitft does not know.", "choose another model.")
+
+
+def _prove(model: PreTrainedModel, anatomy: Anatomy, ids: Tensor, whole: dict[str, tuple[Tensor, Tensor | None]], name: str) -> Anatomy:
+    """Compare every cut with the whole model; then find out whether sessions with different cuts may share a pass."""
+    split = SplitModel(model, anatomy, "all")
+    rows, count = ids.shape[0], split.blocks
+
+    def exit_logits(route: Route, given: Tensor | None, own_ids: Tensor | None = None) -> Tensor:
+        return split.logits(split.run(route, own_ids, given))
+
+    with torch.no_grad():
+        for case, (logits, given) in whole.items():
+            valid = torch.ones_like(ids, dtype=torch.bool) if given is None else given.bool()
+            for cut in range(1, count + 1):
+                front = split.run(Route(rows, last=cut - 1), ids, given)
+                found = exit_logits(Route(rows, entries={cut: front}), given)
+                error = float((found - logits)[valid].abs().max())
+                if not error <= TOLERANCE * float(logits[valid].abs().max()):
+                    raise ModelError(
+                        f"{name} ({model.config.model_type}): cut after block {cut}, {case} batch, changes the logits by {error:.2g}.",
+                        "something besides the hidden state passes between its blocks; this model cannot be split exactly.",
+                    )
+        ragged = _ragged_agrees(split, ids, whole, exit_logits)
+    return Anatomy(anatomy.blocks_path, anatomy.head_path, anatomy.returns_tuple, anatomy.after_head, anatomy.after_head_value, ragged)
+
+
+def _ragged_agrees(split: nn.Module, ids: Tensor, whole: dict[str, tuple[Tensor, Tensor | None]], exit_logits: Any) -> bool:
+    """Rows that enter at different blocks against the whole model."""
+    rows, count = ids.shape[0], split.blocks
+    for logits, given in whole.values():
+        valid = torch.ones_like(ids, dtype=torch.bool) if given is None else given.bool()
+        cuts = [1, max(1, count // 2), count]
+        entries: dict[int, Tensor] = {}
+        for row, cut in enumerate(cuts):
+            alone = split.run(Route(1, last=cut - 1), ids[row : row + 1], None if given is None else given[row : row + 1])  # type: ignore[operator]
+            entries[cut] = torch.cat([entries[cut], alone]) if cut in entries else alone
+        try:
+            found = exit_logits(Route(rows, entries=entries, sessions=rows), given)
+        except (RuntimeError, ValueError, IndexError):
+            return False
+        if not float((found - logits)[valid].abs().max()) <= TOLERANCE * float(logits[valid].abs().max()):
+            return False
+    return True

@@ -1,0 +1,23 @@
+"""The seam of transports: move whole messages between clients and a handler. A transport knows bytes, not training.
+
+A client's round is a generator that yields the messages to send and is sent the replies; the handler answers what is waiting.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Generator, Mapping, Sequence
+
+from splitft.types import Direction
+
+Talk = Generator[bytes, bytes, None]
+Handler = Callable[[Sequence[tuple[int, bytes]]], list[tuple[int, bytes]]]
+Observe = Callable[[int, Direction, bytes], None]
+
+
+class Transport(ABC):
+    """Carries one round of several clients against one handler."""
+
+    @abstractmethod
+    def carry(self, talks: Mapping[int, Talk], handler: Handler, observe: Observe) -> None:
+        """Drive every client's talk to its end. `observe` sees each message that travels. Raises what the handler or a client raises."""

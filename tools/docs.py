@@ -1,0 +1,126 @@
+"""Write the generated pages of docs/ from the code they describe.
+
+    python tools/docs.py            write them
+    python tools/docs.py --check    say which are stale and exit with 1
+
+A new page is one function and one line in PAGES.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import typing
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
+from types import UnionType
+from typing import Any
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "src"))
+
+from splitft.config import Component, RunConfig  # noqa: E402 - the source tree counts, installed or not
+from splitft.toml import format_value  # noqa: E402
+
+PLAIN_NAMES = {int: "whole number", float: "number", str: "text", bool: "true or false"}
+BOUNDS = (("ge", "≥"), ("gt", ">"), ("le", "≤"), ("lt", "<"))
+LARGEST = 10**9  # the limit of every whole number that has no smaller one: said once, not in each row
+CONFIGURATION_HEAD = """\
+<!-- Written by tools/docs.py from src/splitft/config.py; change it there and call make docs. -->
+# Configuration
+
+A run is described by one TOML file and, if you like, overrides on the command line:
+
+```
+splitft run experiment.toml train.learning_rate=2e-4 policy.cuts=[2,3,4]
+```
+
+- Every field has a default, so an empty file is a valid configuration, and `splitft run` without a file uses the defaults.
+- Values are TOML. An override that is no TOML value is taken as text: `name=first` means `name = "first"`.
+- Relative paths in the file are seen from the file's folder, in overrides from the folder you are in. `run.folder` always from the latter.
+- Whole numbers go up to 10⁹, the seed to 2⁶³ - 1. Nothing is converted silently: `rank = "8"` and `rank = true` are refused.
+- Every fault is reported at once, with its path, the value, what is allowed and the nearest valid name.
+- The resolved configuration is saved as `config.toml` in the run folder and gives the same run again.
+
+Tables marked *component* name a method and carry that method's own fields. `policy = "fixed"` is short for a table with only a name;
+a table without a name means the default method. An override that names another method drops the fields of the one it replaces.
+"""
+
+
+def configuration_page() -> str:
+    """docs/configuration.md: a table of fields per section, from the descriptions and limits in the schema."""
+    sections = {name: field for name, field in RunConfig.model_fields.items() if _section(field) is not None}
+    parts = [CONFIGURATION_HEAD, "## At the top of the file\n", _table(RunConfig, skip=set(sections))]
+    for name, field in sections.items():
+        section = _section(field)
+        if section is Component:
+            default = format_value(RunConfig().model_dump(mode="json")[name])
+            parts += [f"## `[{name}]` (component)\n", f"{field.description} Default: `{name} = {default}`\n"]
+        elif section is not None:
+            parts += [f"## `[{name}]`\n", f"{(section.__doc__ or '').splitlines()[0]}\n", _table(section)]
+    return "\n".join(parts).rstrip("\n") + "\n"
+
+
+def _section(field: FieldInfo) -> type[BaseModel] | None:
+    kind = field.annotation
+    return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
+
+
+def _table(schema: type[BaseModel], skip: Collection[str] = ()) -> str:
+    rows = ["| field | default | allowed | meaning |", "|---|---|---|---|"]
+    for name, field in schema.model_fields.items():
+        if name not in skip:
+            default = format_value(field.get_default(call_default_factory=True))
+            cells = (f"`{name}`", f"`{default}`", _allowed(field), field.description or "")
+            rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(rows) + "\n"
+
+
+def _allowed(field: FieldInfo) -> str:
+    found = ((sign, getattr(item, key, None)) for key, sign in BOUNDS for item in _metadata(field))
+    limits = [f"{sign} {value:.10g}" for sign, value in found if value is not None and value < LARGEST]
+    return ", ".join([_kind(field.annotation), *limits])
+
+
+def _metadata(field: FieldInfo) -> Iterator[Any]:
+    for item in field.metadata:
+        yield from getattr(item, "metadata", [item])
+
+
+def _kind(annotation: Any) -> str:
+    if annotation in PLAIN_NAMES:
+        return PLAIN_NAMES[annotation]
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Literal:
+        return ", ".join(f"`{format_value(choice)}`" for choice in arguments)
+    if origin is tuple:
+        return "list of texts"
+    if origin in (typing.Union, UnionType):
+        return ", ".join(_kind(argument) for argument in arguments)
+    raise TypeError(f"tools/docs.py has no words for the type {annotation!r}: add them to _kind.")
+
+
+PAGES: dict[str, Callable[[], str]] = {"docs/configuration.md": configuration_page}
+
+
+def stale_pages() -> list[str]:
+    """The pages whose file differs from what the code says now."""
+    return [page for page, render in PAGES.items() if not (ROOT / page).is_file() or (ROOT / page).read_text("utf-8") != render()]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Write the generated pages of docs/.")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a page is stale")
+    stale = stale_pages()
+    if parser.parse_args().check:
+        sys.exit(f"Stale: {', '.join(stale)}. Call make docs." if stale else 0)
+    for page in stale:
+        (ROOT / page).write_text(PAGES[page](), "utf-8")
+        print(f"wrote {page}")
+
+
+if __name__ == "__main__":
+    main()
