@@ -211,16 +211,41 @@ class SplitModel(nn.Module):
         self.model = model
 
     def scan(self, blocks: nn.ModuleList, targets: str | list[str]) -> None:
-        """Wrap the target projections; remember every adaptable key with its widths, blocks of other sides included."""
-        self.keys: dict[Key, tuple[int, int]] = {}
+        """Note every adaptable projection with its widths, and wrap those that `targets` chooses."""
+        self._widths: dict[Key, tuple[int, int]] = {}
+        chosen: list[Key] = []
         for index, block in enumerate(blocks):
-            for target in select_targets(projections(block), targets):
-                key = Key(index, target.module)
-                self.keys[key] = (target.inputs, target.outputs)
-                if index in self.owned:
-                    parent, _, name = target.module.rpartition(".")
-                    module = block.get_submodule(parent)
-                    setattr(module, name, BankLinear(getattr(module, name), key, self.holder))
+            available = projections(block)
+            if index not in self.owned and not available:
+                continue
+            self._widths.update({Key(index, one.module): (one.inputs, one.outputs) for one in available})
+            chosen += [Key(index, one.module) for one in select_targets(available, targets)]
+        self._blocks = list(blocks)
+        self.adapt(chosen)
+
+    def adapt(self, keys: Sequence[Key]) -> None:
+        """Let exactly these projections take adapters; called again, it replaces the choice."""
+        self.keys: dict[Key, tuple[int, int]] = {key: self._widths[key] for key in sorted(keys)}
+        for key in self._widths:
+            if key.block not in self.owned:
+                continue
+            parent, _, name = key.module.rpartition(".")
+            module = self._blocks[key.block].get_submodule(parent)
+            current = getattr(module, name)
+            if key in self.keys and not isinstance(current, BankLinear):
+                setattr(module, name, BankLinear(current, key, self.holder))
+            elif key not in self.keys and isinstance(current, BankLinear):
+                setattr(module, name, current.base)
+
+    def keys_of_all(self) -> dict[Key, tuple[int, int]]:
+        """Every adaptable projection with its (input, output) width."""
+        return dict(self._widths)
+
+    def set_checkpointing(self, enabled: bool) -> None:
+        """Recompute blocks in the backward instead of keeping their activations."""
+        for module in self.model.modules():
+            if isinstance(module, Slot):
+                module.checkpointing = enabled
 
     @contextmanager
     def _routed(self, route: Route) -> Iterator[None]:

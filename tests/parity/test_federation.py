@@ -41,7 +41,7 @@ def run(fed: Federation, name: str, start: torch.Tensor, rounds: list[list[Plan]
     for index, chosen in enumerate(rounds, 1):
         result = executor.train(RoundPlan(index, tuple(chosen)), first_step, current, states, lambda count: None)
         updates = Updates(tuple(one.client for one in result.plans), tuple(result.tokens), result.values, fed.layout)
-        current, _ = Average().merge(current, updates, None)
+        current, _ = Average().merge(current, updates, {})
         states.update(result.states)
         history.append(result.step_losses)
         ledgers.append(result.ledger)

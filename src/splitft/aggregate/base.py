@@ -6,8 +6,9 @@ Axes: n participants, p adapter parameters (columns as the layout names them).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeAlias
+from typing import ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
@@ -15,7 +16,8 @@ from torch import Tensor
 from splitft.errors import AdapterError
 from splitft.lora import Layout
 
-State: TypeAlias = Any
+# Named tensors, so that a checkpoint can hold them; empty for a rule without memory.
+State: TypeAlias = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -44,8 +46,8 @@ class Aggregator(ABC):
     references: ClassVar[tuple[str, ...]] = ()
 
     def init(self, layout: Layout) -> State:
-        """The state before the first round; None for a rule without memory."""
-        return None
+        """The state before the first round."""
+        return {}
 
     @abstractmethod
     def merge(self, before: Tensor, updates: Updates, state: State) -> tuple[Tensor, State]:

@@ -112,7 +112,7 @@ def load_model(
     """
     cls = causal_class(config)
     chosen = cls if blocks is None else _partial(cls, frozenset(blocks), needs_exit)
-    options: dict[str, Any] = {"config": config, "dtype": dtype, "use_safetensors": True, "low_cpu_mem_usage": True}
+    options: dict[str, Any] = {"config": config, "dtype": dtype, "use_safetensors": True}
     where = resolve(path)
     try:
         with quiet_transformers():

@@ -1,0 +1,259 @@
+"""From a configuration to a run that can start: the one place where concrete classes meet."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from splitft import catalog
+from splitft.adapt.base import Policy
+from splitft.adapt.cost import CostModel
+from splitft.adapt.profiles import PRESETS, assign_profiles, find_profile, load_profiles
+from splitft.aggregate.base import Aggregator
+from splitft.compress.base import HEADER_BYTES, Codec
+from splitft.compress.identity import Identity
+from splitft.config import Component, RunConfig
+from splitft.data.base import FederatedData, Partition, Source
+from splitft.data.federate import federate
+from splitft.data.order import BatchOrder
+from splitft.engine.cohort import CohortExecutor
+from splitft.engine.rounds import Executor, Rules
+from splitft.engine.settings import Federation, TrainSettings
+from splitft.engine.workers import WorkersExecutor
+from splitft.errors import ConfigError, ModelError, ResourceError
+from splitft.lora import Layout
+from splitft.models.anatomy import describe
+from splitft.models.attention import register as register_attention
+from splitft.models.base import Anatomy
+from splitft.models.load import load_model, load_model_config, load_tokenizer
+from splitft.optimizer import AdamW, Schedule
+from splitft.peft_format import read_adapter
+from splitft.selfcheck import inspect_family
+from splitft.split import SplitModel
+from splitft.types import ModelShape, Profile
+
+OnStage = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Components:
+    """The configuration's components, built."""
+
+    source: Source
+    partition: Partition
+    policy: Policy
+    uplink: Codec
+    downlink: Codec
+    aggregator: Aggregator
+
+
+@dataclass(frozen=True)
+class Base:
+    """The base model of a run: configuration, tokenizer, anatomy, dtype and attention that will be used."""
+
+    config: PreTrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    anatomy: Anatomy
+    dtype: torch.dtype
+    attention: str
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """All fixed parts of a run, and the adapter it starts from [p]."""
+
+    config: RunConfig
+    base: Base
+    federation: Federation
+    data: FederatedData
+    executor: Executor
+    components: Components
+    costs: tuple[CostModel, ...]
+    profiles: tuple[Profile, ...]
+    rules: Rules
+    shape: ModelShape
+    start: Tensor
+    identity: dict[str, Any]
+
+
+def build_components(config: RunConfig) -> Components:
+    """Every component of the configuration; ConfigError with the problems of all of them."""
+    seams = ("data", "partition", "policy", "uplink", "downlink", "aggregator")
+    chosen: dict[str, Component] = {seam: getattr(config, seam) for seam in seams}
+    found = [line for seam, one in chosen.items() for line in catalog.problems(seam, one.name, one.fields)]
+    built: dict[str, Any] = {}
+    for seam, one in chosen.items() if not found else ():
+        try:
+            built[seam] = catalog.build(seam, one.name, one.fields)
+        except ConfigError as problem:
+            found += [f"{seam}: {line}" for line in (problem.problems or (str(problem),))]
+    if found:
+        raise ConfigError(f"The configuration has {len(found)} problem{'s' if len(found) > 1 else ''}.", "docs/configuration.md lists every field.", tuple(found))
+    return Components(built["data"], built["partition"], built["policy"], built["uplink"], built["downlink"], built["aggregator"])
+
+
+def choose_device(name: str) -> torch.device:
+    """The device to compute on. Raises ResourceError when the one asked for is not there."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        return torch.device(next(kind for kind in ("cuda", "mps", "cpu") if available[kind]))
+    if not available[name]:
+        usable = ", ".join(kind for kind, there in available.items() if there)
+        raise ResourceError(f"engine.device is {name!r}, this machine offers {usable}.", "choose another device, or 'auto'.")
+    return torch.device(name)
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Type of the frozen weights. `auto`: bfloat16 where the hardware multiplies it natively (CUDA, CPUs with AMX), else float32."""
+    if name != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+    native = torch.cuda.is_bf16_supported() if device.type == "cuda" else device.type == "cpu" and torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if native else torch.float32
+
+
+def load_base(config: RunConfig) -> Base:
+    """What is known of the model before its weights are read, self-check included."""
+    device = choose_device(config.engine.device)
+    dtype = choose_dtype(config.model.dtype, device)
+    model_config = load_model_config(config.model.path, config.model.revision)
+    tokenizer = load_tokenizer(config.model.path, config.model.revision)
+    attention = config.model.attention
+    anatomy = inspect_family(model_config, config.model.path, attention)
+    if dtype == torch.bfloat16 and device.type == "cpu" and attention == "sdpa":
+        attention = register_attention()
+    text = model_config.get_text_config()
+    if len(tokenizer) > text.vocab_size:
+        raise ModelError(
+            f"the tokenizer of {config.model.path!r} has {len(tokenizer)} tokens, the model {text.vocab_size}.", "use the tokenizer the model was trained with."
+        )
+    positions = int(getattr(text, "max_position_embeddings", 0) or 0)
+    if positions and config.tokens.block_tokens > positions:
+        raise ConfigError(
+            f"tokens.block_tokens is {config.tokens.block_tokens}; {config.model.path!r} has {positions} positions.", f"set it to {positions} or less."
+        )
+    return Base(model_config, tokenizer, anatomy, dtype, attention, device)
+
+
+def load_split(config: RunConfig, base: Base) -> tuple[SplitModel, ModelShape, PreTrainedModel]:
+    """The whole model in slots, its shape for the cost model, and the transformers model inside."""
+    model = load_model(config.model.path, base.config, base.dtype, base.attention, revision=config.model.revision)
+    shape = describe(model, config.model.path)
+    targets = config.lora.targets if isinstance(config.lora.targets, str) else list(config.lora.targets)
+    split = SplitModel(model.to(base.device), base.anatomy, targets)  # type: ignore[arg-type]
+    split.set_checkpointing(config.model.gradient_checkpointing)
+    return split, shape, model
+
+
+def start_adapter(config: RunConfig, split: SplitModel) -> tuple[Layout, Tensor]:
+    """The layout of all adapters and the row [p] to start from: fresh, or the PEFT adapter the configuration names."""
+    if not config.lora.adapter:
+        layout = Layout.of(split.keys, config.lora.rank, config.lora.alpha / config.lora.rank)
+        return layout, layout.initial_row(config.seed)
+    stored = read_adapter(Path(config.lora.adapter), split.anatomy.blocks_path)
+    layout = stored.layout(split.keys_of_all())
+    split.adapt(list(layout.by_key))
+    return layout, layout.row(stored.factors)
+
+
+def assemble(config: RunConfig, on_stage: OnStage = lambda name: None) -> Assembly:
+    """Build everything; the slow parts are announced to `on_stage`. Raises the error of whatever does not fit."""
+    components = build_components(config)
+    on_stage("check the model")
+    base = load_base(config)
+    on_stage("read the data")
+    data = federate(
+        components.source.documents(), base.tokenizer, components.partition, config.clients.count, config.seed, config.tokens.packing,
+        config.tokens.block_tokens, config.tokens.held_out, config.tokens.common_held_out,
+    )  # fmt: skip
+    on_stage("load the model")
+    split, shape, _ = load_split(config, base)
+    layout, start = start_adapter(config, split)
+    settings = train_settings(config, components)
+    orders = tuple(BatchOrder(len(one.train), settings.batch_size, config.seed, one.client) for one in data.clients)
+    federation = Federation(split, layout, data.clients, orders, settings, shape.vocabulary, base.device)
+    profiles, server = device_profiles(config, len(data.clients))
+    costs = tuple(cost_model(config, shape, server, components, layout, base, int(math.ceil(one.train.lengths.mean()))) for one in data.clients)
+    executor: Executor = (
+        CohortExecutor(federation, config.engine.cohort_size)
+        if config.engine.name == "cohort"
+        else WorkersExecutor(federation, catalog.build("transport", "inproc", {}), config.engine.deterministic)
+    )
+    return Assembly(
+        config, base, federation, data, executor, components, costs, profiles, rules_of(config, layout), shape, start,
+        identity_of(config, split, data, layout),
+    )  # fmt: skip
+
+
+def train_settings(config: RunConfig, components: Components) -> TrainSettings:
+    train = config.train
+    return TrainSettings(
+        batch_size=train.batch_size,
+        gradient_accumulation=train.gradient_accumulation,
+        schedule=Schedule(train.learning_rate, config.rounds * train.local_steps, train.warmup_steps, train.schedule),
+        optimizer=AdamW(train.beta1, train.beta2, train.epsilon, train.weight_decay),
+        clip_norm=train.clip_norm,
+        keep_moments=train.moments == "keep",
+        uplink=components.uplink,
+        downlink=components.downlink,
+        adapter_codec=Identity(),
+        seed=config.seed,
+    )
+
+
+def rules_of(config: RunConfig, layout: Layout) -> Rules:
+    return Rules(
+        rounds=config.rounds, local_steps=config.train.local_steps, rank=max(entry.rank for entry in layout.entries),
+        exit_on_client=config.split.labels == "client", tail_blocks=config.split.tail_blocks, participation=config.clients.participation,
+        minimum=config.clients.minimum, evaluate_every=config.evaluate.every_rounds, evaluate_batch=config.evaluate.batch_size,
+        evaluate_rows=config.evaluate.max_rows, keep_checkpoints=config.run.keep_checkpoints, seed=config.seed,
+    )  # fmt: skip
+
+
+def device_profiles(config: RunConfig, clients: int) -> tuple[tuple[Profile, ...], Profile]:
+    """The clients' profiles, in client order, and the server's."""
+    known: Mapping[str, Profile] = load_profiles(Path(config.clients.profiles_file)) if config.clients.profiles_file else PRESETS
+    return assign_profiles(config.clients.profiles, clients, known), find_profile(config.clients.server_profile, known)
+
+
+def cost_model(config: RunConfig, shape: ModelShape, server: Profile, components: Components, layout: Layout, base: Base, tokens: int) -> CostModel:
+    """The cost model of one client whose rows have `tokens` tokens on average."""
+    probe = (1, tokens, shape.hidden_size)
+    values = math.prod(probe)
+    return CostModel(
+        shape=shape, server=server, batch_size=config.train.batch_size, sequence_tokens=tokens, rank=max(entry.rank for entry in layout.entries),
+        local_steps=config.train.local_steps, exit_on_client=config.split.labels == "client", tail_blocks=config.split.tail_blocks,
+        modules=tuple(sorted({entry.key.module for entry in layout.entries})), weight_bytes=base.dtype.itemsize, compute_bytes=base.dtype.itemsize,
+        uplink_bytes_per_value=(components.uplink.packet_bytes(probe, base.dtype) - HEADER_BYTES) / values,
+        downlink_bytes_per_value=(components.downlink.packet_bytes(probe, base.dtype) - HEADER_BYTES) / values,
+        label_bytes=2 if shape.vocabulary < 65_535 else 4, packet_header_bytes=HEADER_BYTES, checkpointing=config.model.gradient_checkpointing,
+    )  # fmt: skip
+
+
+def identity_of(config: RunConfig, split: SplitModel, data: FederatedData, layout: Layout) -> dict[str, Any]:
+    """What a checkpoint must find again to be resumed: weights, data, layout, and whatever else changes numbers."""
+    digest = hashlib.sha256()
+    for name, parameter in split.model.named_parameters():
+        head = parameter.detach().reshape(-1)[:1024].double().cpu()
+        digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}{head.sum().item()!r}{head.square().sum().item()!r}".encode())
+    columns = hashlib.sha256(repr([(str(e.key), e.inputs, e.outputs, e.rank, e.scale) for e in layout.entries]).encode())
+    manifest = hashlib.sha256(json.dumps(data.manifest, sort_keys=True).encode())
+    identity: dict[str, Any] = {
+        "model": digest.hexdigest()[:16],
+        "data": manifest.hexdigest()[:16],
+        "adapters": columns.hexdigest()[:16],
+        "engine": config.engine.name,
+        "device": str(next(split.model.parameters()).device.type),
+    }
+    if config.engine.deterministic:
+        identity["threads"] = torch.get_num_threads()
+    return identity

@@ -1,0 +1,201 @@
+"""The command line. Each command imports what it needs when it runs, so `splitft --help` answers at once.
+
+run   demo   plan   report   export   doctor   cite
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from splitft import __version__
+from splitft.apps import console
+from splitft.errors import CheckpointError, ConfigError
+from splitft.toml import format_value
+
+if TYPE_CHECKING:
+    from splitft.config import RunConfig
+
+app = typer.Typer(
+    name="splitft",
+    help="Federated split fine-tuning of language models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+ConfigAndOverrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[CONFIG] [FIELD=VALUE]...",
+        help="A TOML file (the defaults if none), then overrides such as train.learning_rate=1e-4 or policy.cuts=[2,3].",
+        show_default=False,
+    ),
+]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[FIELD=VALUE]...", help="Overrides such as rounds=2.", show_default=False)]
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A run folder, such as runs/demo.", show_default=False)]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors.")]
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"splitft {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error (anywhere on the line).")] = False,
+) -> None:
+    """`main` takes --debug off the line before it gets here; the option is declared for --help."""
+
+
+@app.command()
+def run(
+    arguments: ConfigAndOverrides = None,
+    resume: Annotated[
+        Path | None, typer.Option("--resume", metavar="RUN_DIR", help="Continue this run where it stopped.", show_default=False)
+    ] = None,
+    name: Annotated[str | None, typer.Option("--name", help="Name of the run and of its folder.", show_default=False)] = None,
+    device: Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda or mps.", show_default=False)] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Train: plan, train, aggregate, evaluate, round after round; then write adapter and report."""
+    path, overrides = split_arguments(arguments)
+    if resume is not None and name is not None:
+        raise ConfigError(f"--name {name} was given with --resume {resume}.", "A run keeps its name: leave --name out.")
+    overrides += [f"{field}={format_value(value)}" for field, value in (("name", name), ("engine.device", device)) if value is not None]
+    config = load(path, overrides) if resume is None else load_resumed(resume, path, overrides)
+    _execute(config, resume, quiet)
+
+
+@app.command()
+def demo(overrides: Overrides = None, quiet: Quiet = False) -> None:
+    """Train the embedded model over a few simulated clients, in about a minute and without any download."""
+    console.prepare_process()
+    from splitft.apps.demo import demo_config
+    from splitft.config import override
+
+    config = override(demo_config(), overrides or ())
+    free = free_name(Path(config.run.folder), config.name)
+    _execute(config.model_copy(update={"name": free}), None, quiet)
+
+
+@app.command()
+def plan(arguments: ConfigAndOverrides = None) -> None:
+    """Predict bytes, memory and seconds of every cut on the configured devices, without training."""
+    config = load(*split_arguments(arguments))
+    console.prepare_process(config.engine.threads)
+    from splitft.apps.plan_command import show_plan
+
+    show_plan(config)
+
+
+@app.command()
+def report(run_dir: RunFolder) -> None:
+    """Write report.html from a run's journal: one page, no network needed to read it."""
+    from splitft.apps.report import write_report
+
+    typer.echo(write_report(run_dir))
+
+
+@app.command()
+def export(
+    run_dir: RunFolder,
+    to: Annotated[Path, typer.Option("--to", metavar="DIR", help="Folder to write.", show_default=False)],
+    merged: Annotated[bool, typer.Option("--merged", help="Whole checkpoint with the adapter merged in.")] = False,
+) -> None:
+    """Write a run's adapter as stock PEFT reads it, or the merged checkpoint."""
+    console.prepare_process()
+    from splitft.apps.export import export as write_export
+
+    typer.echo(write_export(run_dir, to, merged))
+
+
+@app.command()
+def doctor() -> None:
+    """Check this machine: Python, packages, cores, memory, disk, device, embedded model. Exit code 1 if something fails."""
+    threads = console.prepare_process()
+    from splitft.apps.doctor import examine, show
+
+    checks = examine(threads)
+    show(checks)
+    if any(check.status == "fail" for check in checks):
+        raise typer.Exit(1)
+
+
+@app.command()
+def cite(arguments: ConfigAndOverrides = None) -> None:
+    """Print the references of the methods a configuration uses."""
+    config = load(*split_arguments(arguments))
+    from splitft.apps.cite import catalogue, references_of, render
+
+    typer.echo(render(references_of(config, catalogue())))
+
+
+def split_arguments(arguments: Sequence[str] | None) -> tuple[Path | None, list[str]]:
+    """The configuration file, if the first argument is one, and the overrides."""
+    first, *rest = arguments or [""]
+    if first and ("=" not in first or Path(first).is_file()):
+        return Path(first), rest
+    return None, list(arguments or ())
+
+
+def load(path: Path | None, overrides: Sequence[str]) -> RunConfig:
+    from splitft.config import load_config
+
+    return load_config(path, overrides)
+
+
+def load_resumed(run_dir: Path, path: Path | None, overrides: Sequence[str]) -> RunConfig:
+    """The configuration saved with a run. A second file beside it would leave open which one counts."""
+    if path is not None:
+        raise ConfigError(
+            f"--resume {run_dir} takes the configuration saved there; {path} was given as well.",
+            f"Leave {path} out, or start a new run without --resume. Single fields can be changed by FIELD=VALUE.",
+        )
+    saved = run_dir / "config.toml"
+    if not saved.is_file():
+        raise CheckpointError(f"{run_dir} is not a run folder: it has no config.toml.", "Name a folder such as runs/demo.")
+    return load(saved, overrides)
+
+
+def free_name(folder: Path, name: str) -> str:
+    """`name`, or `name-2`, `name-3`... when a run of that name is already in `folder`."""
+    candidate, number = name, 1
+    while (folder / candidate).exists():
+        number += 1
+        candidate = f"{name}-{number}"
+    return candidate
+
+
+def _execute(config: RunConfig, resume: Path | None, quiet: bool) -> None:
+    threads = console.prepare_process(config.engine.threads)
+    if not quiet:
+        console.error_console().print(f"{threads.number} threads (by {threads.source}), waiting threads sleep", style="dim")
+    from splitft.apps.execute import execute
+
+    folder = execute(config, resume=resume, quiet=quiet)
+    if not quiet:
+        typer.echo(folder)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and exit with its code; no traceback reaches the user unless --debug is given."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    remaining = [argument for argument in given if argument != "--debug"]
+    try:
+        app(args=remaining, prog_name="splitft")
+        code = 0
+    except Exception as error:
+        if len(remaining) < len(given):
+            raise
+        fault = console.known_fault(error)
+        code = console.show_fault(fault) if fault else console.show_unexpected(error, remaining)
+    raise SystemExit(code)

@@ -1,0 +1,213 @@
+"""A run from start to finish: its folder, its lock, its progress, what it leaves behind. Used by the command line and from Python."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+import torch
+
+from splitft import __version__
+from splitft.apps.assemble import Assembly, assemble
+from splitft.apps.report_files import write_atomically
+from splitft.clock import utc_now
+from splitft.config import RunConfig
+from splitft.engine import checkpoint
+from splitft.engine.journal import Journal
+from splitft.engine.rounds import RoundRecord, Run, run_rounds
+from splitft.errors import CheckpointError, ConfigError, Interrupted
+from splitft.peft_format import write_adapter
+from splitft.types import ModelShape
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+Listener = Callable[[str, dict[str, Any]], None]
+
+
+class FederatedRun:
+    """One run in its folder. `rounds()` trains and yields a record per round; `finish()` writes the adapter and the report.
+
+    Use `splitft.open_run(config)` and iterate, or `splitft.run(config)` for all at once. Leaving it early is safe: every round is
+    committed when it is yielded, and `resume=True` goes on from there.
+    """
+
+    def __init__(self, config: RunConfig, resume: Path | None = None, listen: Listener = lambda event, facts: None) -> None:
+        self.listen = listen
+        self.folder = resume if resume is not None else Path(config.run.folder) / config.name
+        self._claim(resume is None)
+        self.config = config
+        torch.set_num_threads(config.engine.threads or torch.get_num_threads())
+        if config.engine.deterministic and torch.cuda.is_available():
+            torch.use_deterministic_algorithms(True, warn_only=True)
+        self.assembly = assemble(config, lambda name: listen("stage", {"name": name}))
+        self._run = self._resume() if resume is not None else self._start()
+
+    def _claim(self, fresh: bool) -> None:
+        """Take the folder for this process. Raises ConfigError for one that is taken by an earlier run, CheckpointError for one in use."""
+        if fresh and (self.folder / "journal.jsonl").exists():
+            raise ConfigError(
+                f"the run folder {self.folder} exists already.", f"continue it with: splitft run --resume {self.folder}; or choose another --name."
+            )
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock: IO[str] = (self.folder / ".lock").open("w")
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as problem:
+            raise CheckpointError(f"{self.folder} is in use by another process.", "wait for it or stop it; a run has one writer.") from problem
+        except OSError as problem:
+            raise CheckpointError(f"cannot write to {self.folder}: {problem.strerror}.", "choose another run.folder.") from problem
+
+    def _start(self) -> Run:
+        built = self.assembly
+        write_atomically(self.folder / "config.toml", self.config.to_toml().encode())
+        write_atomically(self.folder / "manifest.json", (json.dumps(built.data.manifest) + "\n").encode())
+        policy_state = built.components.policy.init(built.shape, built.profiles, built.costs[0])
+        state = checkpoint.RunState(
+            round=0, adapters=built.start, clients={}, policy=dict(policy_state),
+            aggregator=dict(built.components.aggregator.init(built.federation.layout)), observations=[], virtual_s=0.0, wall_s=0.0,
+            journal_bytes=0, identity=dict(built.identity),
+        )  # fmt: skip
+        journal = Journal(self.folder)
+        journal.append(started_event(built, state))
+        state.journal_bytes = journal.bytes
+        checkpoint.save(self.folder, state, self.config.run.keep_checkpoints)
+        return self._make(state, journal)
+
+    def _resume(self) -> Run:
+        state = checkpoint.load(checkpoint.newest(self.folder))
+        checkpoint.require_same(state.identity, self.assembly.identity, self.folder)
+        write_atomically(self.folder / "config.toml", self.config.to_toml().encode())
+        return self._make(state, Journal(self.folder, state.journal_bytes))
+
+    def _make(self, state: checkpoint.RunState, journal: Journal) -> Run:
+        built = self.assembly
+        run = Run(
+            built.federation, built.executor, built.components.policy, built.components.aggregator, built.costs, built.profiles,
+            built.data.common_held_out, built.rules, self.folder, journal, state,
+        )  # fmt: skip
+        run.on_step = lambda count: self.listen("step", {"count": count})
+        run.on_stage = lambda name: self.listen("stage", {"name": name})
+        return run
+
+    @property
+    def state(self) -> checkpoint.RunState:
+        """The state after the last committed round."""
+        return self._run.state
+
+    def rounds(self) -> Iterator[RoundRecord]:
+        """Train the rounds that are left; each is committed to the disk before it is yielded."""
+        for record in run_rounds(self._run):
+            self.listen("round", {"record": record})
+            yield record
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """One row per round so far: losses, perplexities, bytes, seconds. Ready for a data frame."""
+        from splitft.apps.report import metrics_table
+        from splitft.apps.report_record import load_record
+
+        return metrics_table(load_record(self.folder / "journal.jsonl"))
+
+    def finish(self) -> Path:
+        """Write `adapter/` (stock PEFT) and `report.html`, close the journal; returns the run folder."""
+        from splitft.apps.report import write_report
+
+        built, run = self.assembly, self._run
+        write_run_adapter(self.folder / "adapter", built, run)
+        run.journal.append({"event": "run_finished", "rounds": run.state.round, "wall_s": run.state.wall_s, "virtual_s": run.state.virtual_s})
+        write_report(self.folder)
+        if self.config.run.tensorboard:
+            from splitft.apps.tensorboard import export_tensorboard
+
+            export_tensorboard(self.folder)
+        return self.folder
+
+    def close(self) -> None:
+        """Let go of the run folder."""
+        self._lock.close()
+
+
+def write_run_adapter(folder: Path, built: Assembly, run: Run) -> Path:
+    """The global adapters after the last round as a PEFT folder."""
+    from transformers.pytorch_utils import Conv1D
+
+    layout, anatomy = built.federation.layout, built.base.anatomy
+    transposed = any(isinstance(module, Conv1D) for module in built.federation.split.model.modules())
+    return write_adapter(folder, layout, run.state.adapters, anatomy.blocks_path, built.config.model.path, transposed)
+
+
+def started_event(built: Assembly, state: checkpoint.RunState) -> dict[str, Any]:
+    """Event `run_started`: what runs, on which data, with whom."""
+    cuts = state.policy.get("cuts", [])
+    return {
+        "event": "run_started",
+        "version": __version__,
+        "utc": utc_now(),
+        "name": built.config.name,
+        "config": built.config.model_dump(mode="json"),
+        "model": {
+            "name": built.config.model.path, "architecture": type(built.federation.split.model).__name__, "parameters": parameters_of(built.shape),
+            "blocks": len(built.shape.blocks), "hidden_size": built.shape.hidden_size, "vocabulary": built.shape.vocabulary,
+            "dtype": str(built.base.dtype).removeprefix("torch."), "device": built.base.device.type,
+            "adapter_parameters": built.federation.layout.parameters,
+        },
+        "clients": [
+            {
+                "client": one.client, "name": one.name, "documents": one.documents, "train_rows": len(one.train), "train_tokens": one.train.tokens,
+                "held_out_tokens": one.held_out.tokens, "profile": built.profiles[one.client].name,
+                "cut": cuts[one.client] if one.client < len(cuts) else None, "length_histogram": built.data.length_histograms[one.client],
+            }
+            for one in built.data.clients
+        ],
+        "length_edges": built.data.length_edges,
+        "skew_index": built.data.skew_index,
+        "partition": built.config.partition.name,
+        "references": references(built.config),
+    }  # fmt: skip
+
+
+def references(config: RunConfig) -> list[str]:
+    from splitft.apps.cite import catalogue, references_of
+
+    return references_of(config, catalogue())
+
+
+def parameters_of(shape: ModelShape) -> int:
+    """Parameters of the whole model, tied tensors once."""
+    head = 0 if shape.tied else shape.head_parameters
+    return sum(block.parameters for block in shape.blocks) + shape.embedding_parameters + shape.exit_parameters + head
+
+
+@contextmanager
+def stoppable(folder: Callable[[], Path]) -> Iterator[Callable[[], None]]:
+    """Turn Ctrl-C and SIGTERM into a stop after the current step. Yields a check to call after every step; it raises Interrupted.
+
+    A second Ctrl-C stops at once.
+    """
+    asked = False
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+
+    def check() -> None:
+        if asked:
+            raise Interrupted(
+                "Stopped; everything up to the last finished round is on disk.", f"go on with: splitft run --resume {folder()}"
+            )
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield check
+    except KeyboardInterrupt as problem:
+        raise Interrupted("Stopped at once.", f"go on with: splitft run --resume {folder()}") from problem
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

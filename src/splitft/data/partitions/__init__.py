@@ -1,0 +1,1 @@
+"""One file per partition; each is a `Partition` of `splitft.data.base`."""
