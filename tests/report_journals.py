@@ -52,7 +52,8 @@ class Journal:
         }  # fmt: skip
         return {
             "event": "run_started", "version": "0.1.0", "utc": "2026-04-01T09:30:00+00:00", "name": "demo",
-            "config": self.config(), "model": model, "clients": clients, "length_edges": [0, 64, 128, 256, 512, 1024, 4096], "skew_index": 0.31, "partition": "length_dirichlet",
+            "config": self.config(), "model": model, "clients": clients, "length_edges": [0, 64, 128, 256, 512, 1024, 4096],
+            "skew_index": 0.31, "partition": "length_dirichlet",
             "references": ["SplitFT, arXiv:2604.26388", "LoRA, Hu et al. 2021, arXiv 2106.09685", "FedAvg, arXiv:1602.05629"],
         }  # fmt: skip
 

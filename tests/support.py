@@ -22,9 +22,17 @@ from splitft.split import SplitModel
 VOCABULARY = 96
 BLOCKS = 4
 _SIZES: dict[str, Any] = {
-    "vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": BLOCKS, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "intermediate_size": 64, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "num_hidden_layers": BLOCKS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 64,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 
 
 def _sized(name: str, without: Sequence[str] = (), **fields: Any) -> tf.PreTrainedConfig:
@@ -33,14 +41,22 @@ def _sized(name: str, without: Sequence[str] = (), **fields: Any) -> tf.PreTrain
 
 
 def _gpt(name: str, **fields: Any) -> tf.PreTrainedConfig:
-    return getattr(tf, name)(vocab_size=VOCABULARY, n_embd=32, n_layer=BLOCKS, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2, **fields)
+    return getattr(tf, name)(
+        vocab_size=VOCABULARY, n_embd=32, n_layer=BLOCKS, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2, **fields
+    )
 
 
 def _opt(**fields: Any) -> tf.PreTrainedConfig:
     return tf.OPTConfig(
-        vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=BLOCKS, num_attention_heads=4, ffn_dim=64, max_position_embeddings=64,
-        pad_token_id=0, **fields,
-    )  # fmt: skip
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        num_hidden_layers=BLOCKS,
+        num_attention_heads=4,
+        ffn_dim=64,
+        max_position_embeddings=64,
+        pad_token_id=0,
+        **fields,
+    )
 
 
 FAMILIES: dict[str, Callable[[], tf.PreTrainedConfig]] = {
@@ -48,12 +64,21 @@ FAMILIES: dict[str, Callable[[], tf.PreTrainedConfig]] = {
     "opt": lambda: _opt(word_embed_proj_dim=32),
     "opt-350m-layout": lambda: _opt(word_embed_proj_dim=16, do_layer_norm_before=False),
     "gpt_neo": lambda: tf.GPTNeoConfig(
-        vocab_size=VOCABULARY, hidden_size=32, num_layers=BLOCKS, num_heads=4, attention_types=[[["global", "local"], 2]], window_size=4,
-        max_position_embeddings=64, bos_token_id=1, eos_token_id=2,
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        num_layers=BLOCKS,
+        num_heads=4,
+        attention_types=[[["global", "local"], 2]],
+        window_size=4,
+        max_position_embeddings=64,
+        bos_token_id=1,
+        eos_token_id=2,
     ),
     "gpt_neox": lambda: _sized("GPTNeoXConfig", without=["num_key_value_heads"]),
     "gptj": lambda: _gpt("GPTJConfig", rotary_dim=4),
-    "bloom": lambda: tf.BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=BLOCKS, n_head=4, pad_token_id=0, bos_token_id=1, eos_token_id=2),
+    "bloom": lambda: tf.BloomConfig(
+        vocab_size=VOCABULARY, hidden_size=32, n_layer=BLOCKS, n_head=4, pad_token_id=0, bos_token_id=1, eos_token_id=2
+    ),
     "llama": lambda: _sized("LlamaConfig"),
     "llama-tied": lambda: _sized("LlamaConfig", tie_word_embeddings=True),
     "qwen2": lambda: _sized("Qwen2Config", use_sliding_window=True, sliding_window=4, max_window_layers=2),
@@ -70,7 +95,7 @@ FAMILIES: dict[str, Callable[[], tf.PreTrainedConfig]] = {
     "cohere": lambda: _sized("CohereConfig"),
     "starcoder2": lambda: _sized("Starcoder2Config"),
     "mixtral": lambda: _sized("MixtralConfig", num_local_experts=4),
-}  # fmt: skip
+}
 
 
 def build(family: str = "gpt2", attention: str = "sdpa", seed: int = 0) -> tf.PreTrainedModel:
@@ -106,9 +131,17 @@ def random_rows(count: int, length: int | tuple[int, int], seed: int, prompt: in
 def settings(**changes: Any) -> TrainSettings:
     codec: Codec = Identity()
     fields: dict[str, Any] = {
-        "batch_size": 2, "gradient_accumulation": 1, "schedule": Schedule(5e-3, 8, 1, "linear"), "optimizer": AdamW(weight_decay=0.1),
-        "clip_norm": 0.5, "keep_moments": False, "uplink": codec, "downlink": codec, "adapter_codec": codec, "seed": 3,
-    }  # fmt: skip
+        "batch_size": 2,
+        "gradient_accumulation": 1,
+        "schedule": Schedule(5e-3, 8, 1, "linear"),
+        "optimizer": AdamW(weight_decay=0.1),
+        "clip_norm": 0.5,
+        "keep_moments": False,
+        "uplink": codec,
+        "downlink": codec,
+        "adapter_codec": codec,
+        "seed": 3,
+    }
     return TrainSettings(**{**fields, **changes})
 
 
@@ -126,7 +159,8 @@ def federation(
     split = split_model(family, targets)
     chosen = settings(**changes)
     data = tuple(
-        ClientData(k, f"client-{k}", rows + k, random_rows(rows + k, length, 10 + k, prompt), random_rows(2, 10, 90 + k)) for k in range(clients)
+        ClientData(k, f"client-{k}", rows + k, random_rows(rows + k, length, 10 + k, prompt), random_rows(2, 10, 90 + k))
+        for k in range(clients)
     )
     orders = tuple(BatchOrder(len(one.train), chosen.batch_size, chosen.seed, one.client) for one in data)
     layout = Layout.of(split.keys, rank, 2.0)

@@ -20,11 +20,13 @@ MAY_IMPORT = dict.fromkeys(WORDS, WORDS) | {
     "optimizer": WORDS | {"lora"},
     "wire": WORDS | {"compress.base"},
     "split": WORDS | {"models", "lora"},
+    "peft_format": WORDS | {"lora", "models.base"},
     "selfcheck": WORDS | {"models", "split"},
     "aggregate": WORDS | {"lora"},
     "adapt": WORDS | {"compress.base"},
     "transport": WORDS,  # it is handed a handler and never sees the engine
-    "engine": WORDS | SEAM_BASES | {"data.order", "split", "lora", "loss", "optimizer", "wire"},
+    # The cost model and the batch order are shared arithmetic, not methods to choose from.
+    "engine": WORDS | SEAM_BASES | {"adapt.cost", "data.order", "split", "lora", "loss", "optimizer", "wire"},
 }
 MAY_IMPORT_ANYTHING = {"apps", "catalog", "__init__", "__main__"}
 

@@ -33,9 +33,21 @@ SHARES = {"books": 0.78, "wikitext": 0.13, "tinystories": 0.09}
 def detokenise_wikitext(text: str) -> str:
     """WikiText separates punctuation by spaces; put it back as people write it."""
     for old, new in (
-        (" @-@ ", "-"), (" @,@ ", ","), (" @.@ ", "."), (" ,", ","), (" .", "."), (" ;", ";"), (" :", ":"), (" !", "!"), (" ?", "?"),
-        ("( ", "("), (" )", ")"), (" 's", "'s"), (" n't", "n't"), (" %", "%"),
-    ):  # fmt: skip
+        (" @-@ ", "-"),
+        (" @,@ ", ","),
+        (" @.@ ", "."),
+        (" ,", ","),
+        (" .", "."),
+        (" ;", ";"),
+        (" :", ":"),
+        (" !", "!"),
+        (" ?", "?"),
+        ("( ", "("),
+        (" )", ")"),
+        (" 's", "'s"),
+        (" n't", "n't"),
+        (" %", "%"),
+    ):
         text = text.replace(old, new)
     return text
 
@@ -144,9 +156,19 @@ def main() -> None:
 
     torch.manual_seed(0)
     config = GPT2Config(
-        vocab_size=4096, n_positions=512, n_embd=256, n_layer=8, n_head=8, activation_function="gelu_pytorch_tanh",
-        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0, pad_token_id=0,
-    )  # fmt: skip
+        vocab_size=4096,
+        n_positions=512,
+        n_embd=256,
+        n_layer=8,
+        n_head=8,
+        activation_function="gelu_pytorch_tanh",
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
     config._attn_implementation = "sdpa_float32"
     model = GPT2LMHeadModel(config).train()
     optimizers = make_optimizers(model, arguments.muon)
@@ -179,20 +201,29 @@ def main() -> None:
         losses.append(loss.item())
         step += 1
         if step % 50 == 0:
-            print(f"{elapsed:7.0f} s  step {step}  loss {np.mean(losses[-50:]):.3f}  {step * batch.numel() / (time.time() - started):.0f} tokens/s", flush=True)
+            print(
+                f"{elapsed:7.0f} s  step {step}  loss {np.mean(losses[-50:]):.3f}  {step * batch.numel() / (time.time() - started):.0f} tokens/s",
+                flush=True,
+            )
         if time.time() - saved_s > 600:
             figures = {s: round(perplexity(model, c, arguments.length, 60_000), 2) for s, c in held_out.items()}
             print("valid perplexity", figures, flush=True)
             save(model, tokenizer, arguments.out, {"steps": step, "valid_perplexity": figures})
             saved_s = time.time()
     facts = {
-        "steps": step, "tokens": step * arguments.batch * arguments.length, "minutes": round((time.time() - started) / 60, 1),
-        "threads": arguments.threads, "optimizer": "Muon + AdamW" if arguments.muon else "AdamW", "final_loss": round(float(np.mean(losses[-100:])), 4),
-        "corpus_tokens": {s: len(c) for s, c in corpora.items()}, "shares": SHARES,
+        "steps": step,
+        "tokens": step * arguments.batch * arguments.length,
+        "minutes": round((time.time() - started) / 60, 1),
+        "threads": arguments.threads,
+        "optimizer": "Muon + AdamW" if arguments.muon else "AdamW",
+        "final_loss": round(float(np.mean(losses[-100:])), 4),
+        "corpus_tokens": {s: len(c) for s, c in corpora.items()},
+        "shares": SHARES,
         "valid_perplexity": {s: round(perplexity(model, c, arguments.length, 200_000), 2) for s, c in held_out.items()},
         "test_perplexity": {s: round(perplexity(model, c, arguments.length, 200_000), 2) for s, c in tests.items()},
-        "torch": torch.__version__.split("+")[0], "transformers": transformers.__version__,
-    }  # fmt: skip
+        "torch": torch.__version__.split("+")[0],
+        "transformers": transformers.__version__,
+    }
     save(model, tokenizer, arguments.out, facts)
     print(json.dumps(facts, indent=2), flush=True)
 

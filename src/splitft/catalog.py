@@ -87,7 +87,9 @@ def problems(seam: str, name: str, fields: Mapping[str, Any]) -> list[str]:
             hint = f" Did you mean {near[0]!r}?" if near else ""
             known = ", ".join(allowed) if allowed else "none"
             found.append(f"{seam}.{field} is not a field of {name}; its fields: {known}.{hint}")
-    required = [f.name for f in dataclasses.fields(table[name]) if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING]
+    required = [
+        f.name for f in dataclasses.fields(table[name]) if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    ]
     found += [f"{seam}.{field} is missing; {name} needs it" for field in required if field not in fields]
     return found
 
@@ -95,7 +97,9 @@ def problems(seam: str, name: str, fields: Mapping[str, Any]) -> list[str]:
 def build(seam: str, name: str, fields: Mapping[str, Any]) -> Any:
     """The component of this name with these fields. Raises ConfigError naming everything that is wrong."""
     if found := problems(seam, name, fields):
-        raise ConfigError(f"[{seam}] has {len(found)} problem{'s' if len(found) > 1 else ''}.", "docs/configuration.md lists every field.", tuple(found))
+        raise ConfigError(
+            f"[{seam}] has {len(found)} problem{'s' if len(found) > 1 else ''}.", "docs/configuration.md lists every field.", tuple(found)
+        )
     try:
         return CATALOG[seam][name](**fields)
     except TypeError as problem:

@@ -24,6 +24,7 @@ from splitft.errors import AdapterError
 from splitft.rng import torch_stream
 from splitft.types import Factors, Key
 
+
 @dataclass(frozen=True)
 class Entry:
     """Where the factors of one key stand in a row: A [rank inputs] at `start`, B [outputs rank] behind it."""
@@ -58,7 +59,7 @@ class Layout:
             inputs, outputs = widths[key]
             own_rank = rank if isinstance(rank, int) else rank[key]
             own_scale = scale if isinstance(scale, int | float) else scale[key]
-            if not 1 <= own_rank:
+            if not own_rank >= 1:
                 raise AdapterError(f"rank {own_rank} of {key} is not positive.", "set lora.rank to 1 or more.")
             entry = Entry(key, inputs, outputs, own_rank, float(own_scale), start)
             entries.append(entry)
@@ -85,21 +86,28 @@ class Layout:
     def factors(self, row: Tensor) -> dict[Key, Factors]:
         """Views of the factors in one row [p]."""
         return {
-            e.key: Factors(row[e.start : e.middle].view(e.rank, e.inputs), row[e.middle : e.end].view(e.outputs, e.rank)) for e in self.entries
+            e.key: Factors(row[e.start : e.middle].view(e.rank, e.inputs), row[e.middle : e.end].view(e.outputs, e.rank))
+            for e in self.entries
         }
 
     def row(self, factors: Mapping[Key, Factors]) -> Tensor:
         """One row [p] from factors of exactly these keys and shapes; AdapterError names the first that does not fit."""
         row = torch.zeros(self.parameters)
         if unknown := sorted(set(factors) - set(self.by_key)):
-            raise AdapterError(f"the adapter has weights for {unknown[0]}, which this run does not adapt.", "set lora.targets to cover the adapter's modules.")
+            raise AdapterError(
+                f"the adapter has weights for {unknown[0]}, which this run does not adapt.",
+                "set lora.targets to cover the adapter's modules.",
+            )
         for entry in self.entries:
             if entry.key not in factors:
                 raise AdapterError(f"the adapter has no weights for {entry.key}.", "set lora.targets to the adapter's modules.")
             a, b = factors[entry.key]
             if tuple(a.shape) != (entry.rank, entry.inputs) or tuple(b.shape) != (entry.outputs, entry.rank):
                 want = f"A {entry.rank} x {entry.inputs}, B {entry.outputs} x {entry.rank}"
-                raise AdapterError(f"{entry.key}: factors have shapes A {tuple(a.shape)}, B {tuple(b.shape)}, needed are {want}.", "check lora.rank and the base model.")
+                raise AdapterError(
+                    f"{entry.key}: factors have shapes A {tuple(a.shape)}, B {tuple(b.shape)}, needed are {want}.",
+                    "check lora.rank and the base model.",
+                )
             row[entry.start : entry.middle] = a.detach().float().reshape(-1)
             row[entry.middle : entry.end] = b.detach().float().reshape(-1)
         return row

@@ -128,7 +128,7 @@ FieldsT = TypeVar("FieldsT", RoundStart, RoundEnd, RoundAccepted)
 class Frame:
     """One message: its type, its fields, the token counts of its sequences (step messages) and its encoded packets."""
 
-    type: Type
+    kind: Type
     fields: bytes
     lengths: tuple[int, ...]
     packets: tuple[bytes | memoryview, ...]
@@ -139,26 +139,26 @@ class Frame:
         return FRAME_BYTES + len(self.fields) + 4 * len(self.lengths)
 
     @property
-    def bytes(self) -> int:
+    def size_bytes(self) -> int:
         return self.overhead_bytes + sum(len(packet) for packet in self.packets)
 
     def encode(self) -> bytes:
         """The frame as bytes."""
-        head = FRAME.pack(MAGIC, self.type, len(self.packets), len(self.lengths), len(self.fields), self.bytes - FRAME_BYTES)
+        head = FRAME.pack(MAGIC, self.kind, len(self.packets), len(self.lengths), len(self.fields), self.size_bytes - FRAME_BYTES)
         return b"".join((head, self.fields, struct.pack(f"<{len(self.lengths)}I", *self.lengths), *self.packets))
 
     def step(self) -> StepFields:
         """The fields of a step message. Raises ProtocolError for another type."""
         if len(self.fields) != STEP_BYTES:
-            raise ProtocolError(f"{self.type.name} has {len(self.fields)} bytes of fields, a step has {STEP_BYTES}.", _SAME_VERSION)
+            raise ProtocolError(f"{self.kind.name} has {len(self.fields)} bytes of fields, a step has {STEP_BYTES}.", _SAME_VERSION)
         return StepFields(*STEP_FIELDS.unpack(self.fields))
 
-    def read(self, kind: type[FieldsT]) -> FieldsT:
+    def read(self, form: type[FieldsT]) -> FieldsT:
         """The typed fields of a round message. Raises ProtocolError naming the field that is wrong."""
         try:
-            return msgspec.msgpack.decode(self.fields, type=kind)
+            return msgspec.msgpack.decode(self.fields, type=form)
         except msgspec.MsgspecError as problem:
-            raise ProtocolError(f"{self.type.name}: {problem}.", _SAME_VERSION) from problem
+            raise ProtocolError(f"{self.kind.name}: {problem}.", _SAME_VERSION) from problem
 
 
 _SAME_VERSION = "run the same splitft version on both sides."
@@ -190,10 +190,14 @@ def decode(data: bytes | memoryview, limit_bytes: int = MAX_FRAME_BYTES) -> Fram
     if kind not in Type._value2member_map_:
         raise ProtocolError(f"message type {kind} is unknown.", _SAME_VERSION)
     if fields_bytes > MAX_FIELDS_BYTES or body_bytes > limit_bytes or len(buffer) != FRAME_BYTES + body_bytes:
-        raise ProtocolError(f"frame says {body_bytes} bytes ({fields_bytes} of fields), {len(buffer) - FRAME_BYTES} arrived.", _SAME_VERSION)
+        raise ProtocolError(
+            f"frame says {body_bytes} bytes ({fields_bytes} of fields), {len(buffer) - FRAME_BYTES} arrived.", _SAME_VERSION
+        )
     body = buffer[FRAME_BYTES:]
     if fields_bytes + 4 * sequences > body_bytes:
-        raise ProtocolError(f"frame of {body_bytes} bytes cannot hold {fields_bytes} bytes of fields and {sequences} lengths.", _SAME_VERSION)
+        raise ProtocolError(
+            f"frame of {body_bytes} bytes cannot hold {fields_bytes} bytes of fields and {sequences} lengths.", _SAME_VERSION
+        )
     start = fields_bytes + 4 * sequences
     lengths = struct.unpack(f"<{sequences}I", body[fields_bytes:start])
     return Frame(Type(kind), bytes(body[:fields_bytes]), lengths, _cut(body[start:], packets))
@@ -201,7 +205,7 @@ def decode(data: bytes | memoryview, limit_bytes: int = MAX_FRAME_BYTES) -> Fram
 
 def _cut(body: memoryview, count: int) -> tuple[memoryview, ...]:
     """The packets one after the other; each header ends with its payload's length."""
-    found = []
+    found: list[memoryview] = []
     for _ in range(count):
         if len(body) < 32:
             raise ProtocolError(f"frame names {count} packets, the body ends in number {len(found) + 1}.", _SAME_VERSION)

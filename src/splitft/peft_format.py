@@ -43,10 +43,12 @@ class StoredAdapter:
         """Its layout on a model whose projections have these (input, output) widths. Raises AdapterError when it does not fit."""
         for key, (a, b) in self.factors.items():
             if key not in widths:
-                raise AdapterError(f"the adapter has weights for {key}, which the model does not have.", "use the base model it was trained on.")
+                raise AdapterError(
+                    f"the adapter has weights for {key}, which the model does not have.", "use the base model it was trained on."
+                )
             if (a.shape[1], b.shape[0]) != widths[key] or a.shape[0] != b.shape[1]:
                 raise AdapterError(
-                    f"{key}: the adapter has A {tuple(a.shape)} and B {tuple(b.shape)}, the model is {widths[key][0]} wide in and {widths[key][1]} out.",
+                    f"{key}: the adapter has A {tuple(a.shape)} and B {tuple(b.shape)}, the model's widths are {widths[key]}.",
                     "use the base model it was trained on.",
                 )
         return Layout.of({key: widths[key] for key in self.factors}, {key: a.shape[0] for key, (a, _) in self.factors.items()}, self.scale)
@@ -123,7 +125,9 @@ def write_adapter(folder: Path, layout: Layout, row: Tensor, blocks_path: str, b
         tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"] = a.clone(), b.clone()
     temporary = _fresh(folder)
     save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
-    (temporary / CONFIG).write_text(json.dumps(adapter_config(layout, blocks_path, base_model, transposed), indent=2) + "\n", encoding="utf-8")
+    (temporary / CONFIG).write_text(
+        json.dumps(adapter_config(layout, blocks_path, base_model, transposed), indent=2) + "\n", encoding="utf-8"
+    )
     return replace_folder(temporary, folder)
 
 

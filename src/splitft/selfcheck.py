@@ -10,7 +10,7 @@ import copy
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from splitft.errors import ModelError
@@ -56,12 +56,34 @@ def shrink(config: PreTrainedConfig) -> PreTrainedConfig:
     width = tiny_heads * 16
     ratio = (getattr(text, "word_embed_proj_dim", None) or text.hidden_size) / text.hidden_size
     for name, value in {
-        "hidden_size": width, "num_attention_heads": tiny_heads, "num_key_value_heads": tiny_groups, "intermediate_size": 2 * width,
-        "ffn_dim": 2 * width, "n_inner": 2 * width, "moe_intermediate_size": width, "shared_expert_intermediate_size": width,
-        "head_dim": 16, "vocab_size": 64, "word_embed_proj_dim": max(8, int(width * ratio)), "num_local_experts": 4, "num_experts": 4,
-        "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "q_lora_rank": 16, "kv_lora_rank": 16,
-        "qk_nope_head_dim": 8, "qk_rope_head_dim": 16, "v_head_dim": 16, "query_pre_attn_scalar": 16, "rotary_dim": 8, "max_window_layers": 1, "sliding_window": 3, "window_size": 3,
-    }.items():  # fmt: skip
+        "hidden_size": width,
+        "num_attention_heads": tiny_heads,
+        "num_key_value_heads": tiny_groups,
+        "intermediate_size": 2 * width,
+        "ffn_dim": 2 * width,
+        "n_inner": 2 * width,
+        "moe_intermediate_size": width,
+        "shared_expert_intermediate_size": width,
+        "head_dim": 16,
+        "vocab_size": 64,
+        "word_embed_proj_dim": max(8, int(width * ratio)),
+        "num_local_experts": 4,
+        "num_experts": 4,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "q_lora_rank": 16,
+        "kv_lora_rank": 16,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 16,
+        "v_head_dim": 16,
+        "query_pre_attn_scalar": 16,
+        "rotary_dim": 8,
+        "max_window_layers": 1,
+        "sliding_window": 3,
+        "window_size": 3,
+    }.items():
         if getattr(text, name, None) is not None:
             _set(text, name, value)
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
@@ -139,7 +161,9 @@ def _require_causal(model: PreTrainedModel, ids: Tensor, name: str) -> None:
     with torch.no_grad():
         first, second = (model(input_ids=given, use_cache=False).logits[:, :-1] for given in (ids, other))
     if not torch.allclose(first, second, atol=1e-5, rtol=1e-4):
-        raise ModelError(f"{name} ({model.config.model_type}) looks ahead: a later token changes an earlier prediction.", "choose a causal model.")
+        raise ModelError(
+            f"{name} ({model.config.model_type}) looks ahead: a later token changes an earlier prediction.", "choose a causal model."
+        )
 
 
 def build_random(config: PreTrainedConfig, attention: str) -> PreTrainedModel:
@@ -150,7 +174,7 @@ def build_random(config: PreTrainedConfig, attention: str) -> PreTrainedModel:
         if "attn_implementation" not in str(problem) and "attention" not in str(problem).lower():
             raise
         model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
-    return model.float().eval()  # type: ignore[no-any-return]
+    return model.float().eval()
 
 
 def loud(model: PreTrainedModel) -> PreTrainedModel:
@@ -177,7 +201,9 @@ def _after_head(config: PreTrainedConfig, raw: Tensor, logits: Tensor, name: str
     for kind, value in candidates:
         if torch.allclose(Anatomy("", "", False, kind, value).finish(raw.float()), logits.float(), atol=1e-5, rtol=1e-4):
             return kind, value
-    raise ModelError(f"{name} ({text.model_type}) changes the logits behind its LM head in a way splitft does not know.", "choose another model.")
+    raise ModelError(
+        f"{name} ({text.model_type}) changes the logits behind its LM head in a way splitft does not know.", "choose another model."
+    )
 
 
 def _prove(model: PreTrainedModel, anatomy: Anatomy, ids: Tensor, whole: dict[str, tuple[Tensor, Tensor | None]], name: str) -> Anatomy:
@@ -204,7 +230,7 @@ def _prove(model: PreTrainedModel, anatomy: Anatomy, ids: Tensor, whole: dict[st
     return Anatomy(anatomy.blocks_path, anatomy.head_path, anatomy.returns_tuple, anatomy.after_head, anatomy.after_head_value, ragged)
 
 
-def _ragged_agrees(split: nn.Module, ids: Tensor, whole: dict[str, tuple[Tensor, Tensor | None]], exit_logits: Any) -> bool:
+def _ragged_agrees(split: SplitModel, ids: Tensor, whole: dict[str, tuple[Tensor, Tensor | None]], exit_logits: Any) -> bool:
     """Rows that enter at different blocks against the whole model."""
     rows, count = ids.shape[0], split.blocks
     for logits, given in whole.values():
@@ -212,7 +238,7 @@ def _ragged_agrees(split: nn.Module, ids: Tensor, whole: dict[str, tuple[Tensor,
         cuts = [1, max(1, count // 2), count]
         entries: dict[int, Tensor] = {}
         for row, cut in enumerate(cuts):
-            alone = split.run(Route(1, last=cut - 1), ids[row : row + 1], None if given is None else given[row : row + 1])  # type: ignore[operator]
+            alone = split.run(Route(1, last=cut - 1), ids[row : row + 1], None if given is None else given[row : row + 1])
             entries[cut] = torch.cat([entries[cut], alone]) if cut in entries else alone
         try:
             found = exit_logits(Route(rows, entries=entries, sessions=rows), given)

@@ -123,7 +123,9 @@ def first_rows(value: Any, active: int, total: int) -> Any:
 class Slot(nn.Module):
     """Stands in a model's list of blocks. Holds the block, or None where this side does not own it."""
 
-    def __init__(self, index: int, block: nn.Module | None, like: nn.Module, holder: RouteHolder, returns_tuple: bool, is_last: bool) -> None:
+    def __init__(
+        self, index: int, block: nn.Module | None, like: nn.Module, holder: RouteHolder, returns_tuple: bool, is_last: bool
+    ) -> None:
         super().__init__()
         self.index = index
         self.is_last = is_last
@@ -192,7 +194,9 @@ class SplitModel(nn.Module):
     indices of the blocks whose weights are present. Parameters are never trained; adapters live in the bank (lora.py).
     """
 
-    def __init__(self, model: PreTrainedModel, anatomy: Anatomy, targets: str | list[str] = "default", owned: Sequence[int] | None = None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, anatomy: Anatomy, targets: str | list[str] = "default", owned: Sequence[int] | None = None
+    ) -> None:
         super().__init__()
         model.requires_grad_(False)
         self.anatomy = anatomy
@@ -203,9 +207,11 @@ class SplitModel(nn.Module):
         self.scan(blocks, targets)
         path, head = find_head(model)
         for index, block in enumerate(list(blocks)):
-            blocks[index] = Slot(index, block if index in self.owned else None, block, self.holder, anatomy.returns_tuple, index == self.blocks - 1)
+            blocks[index] = Slot(
+                index, block if index in self.owned else None, block, self.holder, anatomy.returns_tuple, index == self.blocks - 1
+            )
         parent, _, name = path.rpartition(".")
-        self.embedding_width = int(model.get_input_embeddings().weight.shape[1])  # type: ignore[union-attr,index]
+        self.embedding_width = int(model.get_input_embeddings().weight.shape[1])
         setattr(model.get_submodule(parent), name, HeadSlot())
         self.head = head
         self.model = model

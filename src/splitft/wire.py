@@ -61,7 +61,9 @@ class Wire:
         chosen = torch.as_tensor(list(self.sessions), device=tensor.device)
         everyone = len(self.sessions) == grouped.shape[0]
         rows = grouped if everyone else grouped.index_select(0, chosen)
-        decoded = self._unpadded(rows, streams, is_forward) if self.lengths is None else self._padded(rows, tensor.shape[1], streams, is_forward)
+        decoded = (
+            self._unpadded(rows, streams, is_forward) if self.lengths is None else self._padded(rows, tensor.shape[1], streams, is_forward)
+        )
         if everyone:
             return decoded.reshape(tensor.shape)
         return grouped.index_copy(0, chosen, decoded).reshape(tensor.shape)

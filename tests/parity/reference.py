@@ -18,7 +18,7 @@ from ..support import build
 NAME = re.compile(r"\.(\d+)\.(.+)\.lora_(A|B)\.default\.weight$")
 
 
-def peft_model(federation: Federation, family: str) -> torch.nn.Module:
+def peft_model(federation: Federation, family: str, attention: str = "sdpa") -> torch.nn.Module:
     """The whole model as a stock PEFT model with the federation's targets and rank."""
     modules = sorted({key.module for key in federation.layout.by_key})
     entry = federation.layout.entries[0]
@@ -26,7 +26,7 @@ def peft_model(federation: Federation, family: str) -> torch.nn.Module:
         r=entry.rank, lora_alpha=entry.scale * entry.rank, lora_dropout=0.0, fan_in_fan_out=family == "gpt2",
         target_modules=rf".*\.\d+\.({'|'.join(re.escape(module) for module in modules)})",
     )  # fmt: skip
-    return get_peft_model(build(family), config)
+    return get_peft_model(build(family, attention), config)
 
 
 def tensors(model: torch.nn.Module) -> dict[tuple[Key, str], torch.nn.Parameter]:
@@ -84,13 +84,19 @@ def train_client(federation: Federation, model: torch.nn.Module, plan: Plan, fir
     learning_rates = rates(federation, first_step + plan.local_steps)
     losses, tokens = [], 0
     for step in range(plan.local_steps):
-        micro = [batch_of(federation, plan.client, first_batch + step * settings.gradient_accumulation + m) for m in range(settings.gradient_accumulation)]
+        micro = [
+            batch_of(federation, plan.client, first_batch + step * settings.gradient_accumulation + m)
+            for m in range(settings.gradient_accumulation)
+        ]
         total = sum(int((labels[:, 1:] != -100).sum()) for _, _, labels in micro)
         optimizer.zero_grad()
         step_loss = 0.0
         for ids, mask, labels in micro:
             logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-            loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum") / total
+            loss = (
+                torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum")
+                / total
+            )
             loss.backward()
             step_loss += loss.item()
             tokens += int(mask.sum())

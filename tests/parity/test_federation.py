@@ -35,7 +35,9 @@ def executors(fed: Federation) -> dict[str, CohortExecutor | WorkersExecutor]:
     }
 
 
-def run(fed: Federation, name: str, start: torch.Tensor, rounds: list[list[Plan]]) -> tuple[torch.Tensor, list[list[list[float]]], list[Ledger]]:
+def run(
+    fed: Federation, name: str, start: torch.Tensor, rounds: list[list[Plan]]
+) -> tuple[torch.Tensor, list[list[list[float]]], list[Ledger]]:
     executor, current, states, first_step = executors(fed)[name], start.clone(), {k: ClientState() for k in range(len(fed.clients))}, 0
     history, ledgers = [], []
     for index, chosen in enumerate(rounds, 1):

@@ -26,8 +26,8 @@ def exit_code(*arguments: str) -> int:
 
 
 @pytest.fixture
-def assemble(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
-    """Stands for apps/assemble.py; the calls it gets are in `calls`, what `execute` raises in `fault`."""
+def training(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
+    """Stands for the modules that train; the calls they get are in `calls`, what `execute` raises in `fault`."""
     double = types.SimpleNamespace(calls=[], fault=None)
 
     def execute(config: RunConfig, *, resume: Path | None, quiet: bool) -> Path:
@@ -39,8 +39,9 @@ def assemble(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
     double.execute = execute
     double.demo_config = lambda: load_config(None, ["name=demo", "rounds=2"])
     double.export = lambda run_dir, to, merged: double.calls.append((run_dir, to, merged)) or to
-    double.plan = double.calls.append
-    monkeypatch.setitem(sys.modules, "splitft.apps.assemble", double)  # type: ignore[arg-type]
+    double.show_plan = double.calls.append
+    for name in ("execute", "demo", "export", "plan_command"):
+        monkeypatch.setitem(sys.modules, f"splitft.apps.{name}", double)  # type: ignore[arg-type]
     for name in (
         "OMP_NUM_THREADS",
         "OMP_WAIT_POLICY",
@@ -84,22 +85,20 @@ def test_what_cannot_be_understood_exits_with_2(arguments: list[str], capsys: py
 
 
 def test_run_hands_on_file_overrides_and_options(
-    assemble: types.SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    training: types.SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "first.toml"
     file.write_text("rounds = 3\n")
     assert exit_code("run", str(file), "train.batch_size=2", "--name", "123", "--device", "cpu", "clients.count=2") == 0
-    config, resume, quiet = assemble.calls[0]
+    config, resume, quiet = training.calls[0]
     assert (config.rounds, config.train.batch_size, config.name, config.engine.device, config.clients.count) == (3, 2, "123", "cpu", 2)
     assert (resume, quiet) == (None, False)
-    output = capsys.readouterr()
-    assert output.out == "runs/123\n"
-    assert "1 threads (by OMP_NUM_THREADS)" in output.err
+    assert "1 thread (by OMP_NUM_THREADS)" in capsys.readouterr().err
 
 
-def test_run_without_a_file_takes_the_defaults(assemble: types.SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> None:
+def test_run_without_a_file_takes_the_defaults(training: types.SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> None:
     assert exit_code("run", "rounds=1", "--quiet") == 0
-    assert assemble.calls[0][0] == load_config(None, ["rounds=1"])
+    assert training.calls[0][0] == load_config(None, ["rounds=1"])
     output = capsys.readouterr()
     assert (output.out, output.err) == ("", "")
 
@@ -112,35 +111,35 @@ def test_a_file_may_have_an_equals_sign(tmp_path: Path) -> None:
     assert cli.split_arguments(None) == (None, [])
 
 
-def test_resume_takes_the_saved_configuration(assemble: types.SimpleNamespace, tmp_path: Path) -> None:
+def test_resume_takes_the_saved_configuration(training: types.SimpleNamespace, tmp_path: Path) -> None:
     saved = load_config(None, ["name=first", "rounds=4"])
     (tmp_path / "config.toml").write_text(saved.to_toml())
     assert exit_code("run", "--resume", str(tmp_path), "rounds=6") == 0
-    config, resume, _ = assemble.calls[0]
+    config, resume, _ = training.calls[0]
     assert (config.name, config.rounds, resume) == ("first", 6, tmp_path)
 
 
-def test_resume_refuses_what_leaves_a_choice(assemble: types.SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_resume_refuses_what_leaves_a_choice(training: types.SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert exit_code("run", "--resume", str(tmp_path)) == errors.CheckpointError.exit_code
     (tmp_path / "config.toml").write_text("")
     assert exit_code("run", str(tmp_path / "config.toml"), "--resume", str(tmp_path)) == errors.ConfigError.exit_code
     assert exit_code("run", "--name", "x", "--resume", str(tmp_path)) == errors.ConfigError.exit_code
     assert "keeps its name" in capsys.readouterr().err
-    assert assemble.calls == []
+    assert training.calls == []
 
 
-def test_demo_takes_the_next_free_name(assemble: types.SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_demo_takes_the_next_free_name(training: types.SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for expected in ("demo", "demo-2", "demo-3"):
         assert exit_code("demo", "rounds=1") == 0
-        assert (assemble.calls[-1][0].name, assemble.calls[-1][0].rounds) == (expected, 1)
+        assert (training.calls[-1][0].name, training.calls[-1][0].rounds) == (expected, 1)
         (tmp_path / "runs" / expected).mkdir(parents=True)
 
 
-def test_plan_and_export_hand_on(assemble: types.SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_and_export_hand_on(training: types.SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> None:
     assert exit_code("plan", "clients.count=2") == 0
     assert exit_code("export", "runs/demo", "--to", "out", "--merged") == 0
-    assert assemble.calls == [load_config(None, ["clients.count=2"]), (Path("runs/demo"), Path("out"), True)]
+    assert training.calls == [load_config(None, ["clients.count=2"]), (Path("runs/demo"), Path("out"), True)]
     assert capsys.readouterr().out == "out\n"
 
 
@@ -157,9 +156,9 @@ def test_report_prints_where_the_page_is(monkeypatch: pytest.MonkeyPatch, capsys
     ids=lambda kind: kind.__name__,
 )
 def test_own_error_is_a_message_and_its_exit_code(
-    kind: type[errors.SplitftError], assemble: types.SimpleNamespace, capsys: pytest.CaptureFixture[str]
+    kind: type[errors.SplitftError], training: types.SimpleNamespace, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assemble.fault = kind("The file [bold]x[/bold] has 3 columns; 2 are allowed.", "Name the column.")
+    training.fault = kind("The file [bold]x[/bold] has 3 columns; 2 are allowed.", "Name the column.")
     assert exit_code("run", "-q") == kind.exit_code
     shown = capsys.readouterr().err
     assert shown.splitlines() == [
@@ -185,9 +184,9 @@ def test_every_problem_of_a_configuration_is_listed(capsys: pytest.CaptureFixtur
     ],
 )
 def test_foreign_errors(
-    fault: Callable[[], Exception], code: int, part: str, assemble: types.SimpleNamespace, capsys: pytest.CaptureFixture[str]
+    fault: Callable[[], Exception], code: int, part: str, training: types.SimpleNamespace, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assemble.fault = fault()
+    training.fault = fault()
     assert exit_code("run", "-q", "rounds=1") == code
     shown = capsys.readouterr().err
     assert part in shown
@@ -196,8 +195,8 @@ def test_foreign_errors(
 
 
 @pytest.mark.parametrize("arguments", [["--debug", "run", "-q"], ["run", "-q", "--debug"]])
-def test_debug_shows_the_traceback(arguments: list[str], assemble: types.SimpleNamespace) -> None:
-    assemble.fault = KeyError("wte")
+def test_debug_shows_the_traceback(arguments: list[str], training: types.SimpleNamespace) -> None:
+    training.fault = KeyError("wte")
     with pytest.raises(KeyError, match="wte"):
         cli.main(arguments)
 

@@ -54,7 +54,7 @@ def test_declared_requirements_leave_extras_out(monkeypatch: pytest.MonkeyPatch)
 def test_more_threads_than_cores_is_a_warning() -> None:
     assert doctor.check_threads(Threads(2, "cores"), 2).status == "ok"
     crowded = doctor.check_threads(Threads(8, "OMP_NUM_THREADS"), 2)
-    assert (crowded.status, crowded.detail) == ("warn", "8 threads (by OMP_NUM_THREADS), 2 cores usable")
+    assert (crowded.status, crowded.detail) == ("warn", "8 threads (by OMP_NUM_THREADS), cores usable: 2")
 
 
 @pytest.mark.parametrize(("available_bytes", "status"), [(0, "warn"), (GIB - 1, "fail"), (2 * GIB, "warn"), (8 * GIB, "ok")])

@@ -36,7 +36,9 @@ class Updates:
         """Each participant's share of the tokens [n], float64. Raises AdapterError when nothing was trained."""
         tokens = torch.tensor(self.tokens, dtype=torch.float64)
         if len(self.tokens) == 0 or bool((tokens < 0).any()) or float(tokens.sum()) <= 0:
-            raise AdapterError(f"the round's token counts are {list(self.tokens)}.", "at least one participant must train at least one token.")
+            raise AdapterError(
+                f"the round's token counts are {list(self.tokens)}.", "at least one participant must train at least one token."
+            )
         return tokens / tokens.sum()
 
 

@@ -98,7 +98,11 @@ def build_components(config: RunConfig) -> Components:
         except ConfigError as problem:
             found += [f"{seam}: {line}" for line in (problem.problems or (str(problem),))]
     if found:
-        raise ConfigError(f"The configuration has {len(found)} problem{'s' if len(found) > 1 else ''}.", "docs/configuration.md lists every field.", tuple(found))
+        raise ConfigError(
+            f"The configuration has {len(found)} problem{'s' if len(found) > 1 else ''}.",
+            "docs/configuration.md lists every field.",
+            tuple(found),
+        )
     return Components(built["data"], built["partition"], built["policy"], built["uplink"], built["downlink"], built["aggregator"])
 
 
@@ -127,19 +131,21 @@ def load_base(config: RunConfig) -> Base:
     dtype = choose_dtype(config.model.dtype, device)
     model_config = load_model_config(config.model.path, config.model.revision)
     tokenizer = load_tokenizer(config.model.path, config.model.revision)
-    attention = config.model.attention
+    attention: str = config.model.attention
     anatomy = inspect_family(model_config, config.model.path, attention)
     if dtype == torch.bfloat16 and device.type == "cpu" and attention == "sdpa":
         attention = register_attention()
     text = model_config.get_text_config()
     if len(tokenizer) > text.vocab_size:
         raise ModelError(
-            f"the tokenizer of {config.model.path!r} has {len(tokenizer)} tokens, the model {text.vocab_size}.", "use the tokenizer the model was trained with."
+            f"the tokenizer of {config.model.path!r} has {len(tokenizer)} tokens, the model {text.vocab_size}.",
+            "use the tokenizer the model was trained with.",
         )
     positions = int(getattr(text, "max_position_embeddings", 0) or 0)
     if positions and config.tokens.block_tokens > positions:
         raise ConfigError(
-            f"tokens.block_tokens is {config.tokens.block_tokens}; {config.model.path!r} has {positions} positions.", f"set it to {positions} or less."
+            f"tokens.block_tokens is {config.tokens.block_tokens}; {config.model.path!r} has {positions} positions.",
+            f"set it to {positions} or less.",
         )
     return Base(model_config, tokenizer, anatomy, dtype, attention, device)
 
@@ -149,7 +155,7 @@ def load_split(config: RunConfig, base: Base) -> tuple[SplitModel, ModelShape, P
     model = load_model(config.model.path, base.config, base.dtype, base.attention, revision=config.model.revision)
     shape = describe(model, config.model.path)
     targets = config.lora.targets if isinstance(config.lora.targets, str) else list(config.lora.targets)
-    split = SplitModel(model.to(base.device), base.anatomy, targets)  # type: ignore[arg-type]
+    split = SplitModel(model.to(base.device), base.anatomy, targets)
     split.set_checkpointing(config.model.gradient_checkpointing)
     return split, shape, model
 
@@ -172,9 +178,16 @@ def assemble(config: RunConfig, on_stage: OnStage = lambda name: None) -> Assemb
     base = load_base(config)
     on_stage("read the data")
     data = federate(
-        components.source.documents(), base.tokenizer, components.partition, config.clients.count, config.seed, config.tokens.packing,
-        config.tokens.block_tokens, config.tokens.held_out, config.tokens.common_held_out,
-    )  # fmt: skip
+        components.source.documents(),
+        base.tokenizer,
+        components.partition,
+        config.clients.count,
+        config.seed,
+        config.tokens.packing,
+        config.tokens.block_tokens,
+        config.tokens.held_out,
+        config.tokens.common_held_out,
+    )
     on_stage("load the model")
     split, shape, _ = load_split(config, base)
     layout, start = start_adapter(config, split)
@@ -182,16 +195,28 @@ def assemble(config: RunConfig, on_stage: OnStage = lambda name: None) -> Assemb
     orders = tuple(BatchOrder(len(one.train), settings.batch_size, config.seed, one.client) for one in data.clients)
     federation = Federation(split, layout, data.clients, orders, settings, shape.vocabulary, base.device)
     profiles, server = device_profiles(config, len(data.clients))
-    costs = tuple(cost_model(config, shape, server, components, layout, base, int(math.ceil(one.train.lengths.mean()))) for one in data.clients)
+    costs = tuple(
+        cost_model(config, shape, server, components, layout, base, math.ceil(one.train.lengths.mean())) for one in data.clients
+    )
     executor: Executor = (
         CohortExecutor(federation, config.engine.cohort_size)
         if config.engine.name == "cohort"
         else WorkersExecutor(federation, catalog.build("transport", "inproc", {}), config.engine.deterministic)
     )
     return Assembly(
-        config, base, federation, data, executor, components, costs, profiles, rules_of(config, layout), shape, start,
+        config,
+        base,
+        federation,
+        data,
+        executor,
+        components,
+        costs,
+        profiles,
+        rules_of(config, layout),
+        shape,
+        start,
         identity_of(config, split, data, layout),
-    )  # fmt: skip
+    )
 
 
 def train_settings(config: RunConfig, components: Components) -> TrainSettings:
@@ -212,11 +237,19 @@ def train_settings(config: RunConfig, components: Components) -> TrainSettings:
 
 def rules_of(config: RunConfig, layout: Layout) -> Rules:
     return Rules(
-        rounds=config.rounds, local_steps=config.train.local_steps, rank=max(entry.rank for entry in layout.entries),
-        exit_on_client=config.split.labels == "client", tail_blocks=config.split.tail_blocks, participation=config.clients.participation,
-        minimum=config.clients.minimum, evaluate_every=config.evaluate.every_rounds, evaluate_batch=config.evaluate.batch_size,
-        evaluate_rows=config.evaluate.max_rows, keep_checkpoints=config.run.keep_checkpoints, seed=config.seed,
-    )  # fmt: skip
+        rounds=config.rounds,
+        local_steps=config.train.local_steps,
+        rank=max(entry.rank for entry in layout.entries),
+        exit_on_client=config.split.labels == "client",
+        tail_blocks=config.split.tail_blocks,
+        participation=config.clients.participation,
+        minimum=config.clients.minimum,
+        evaluate_every=config.evaluate.every_rounds,
+        evaluate_batch=config.evaluate.batch_size,
+        evaluate_rows=config.evaluate.max_rows,
+        keep_checkpoints=config.run.keep_checkpoints,
+        seed=config.seed,
+    )
 
 
 def device_profiles(config: RunConfig, clients: int) -> tuple[tuple[Profile, ...], Profile]:
@@ -225,18 +258,30 @@ def device_profiles(config: RunConfig, clients: int) -> tuple[tuple[Profile, ...
     return assign_profiles(config.clients.profiles, clients, known), find_profile(config.clients.server_profile, known)
 
 
-def cost_model(config: RunConfig, shape: ModelShape, server: Profile, components: Components, layout: Layout, base: Base, tokens: int) -> CostModel:
+def cost_model(
+    config: RunConfig, shape: ModelShape, server: Profile, components: Components, layout: Layout, base: Base, tokens: int
+) -> CostModel:
     """The cost model of one client whose rows have `tokens` tokens on average."""
     probe = (1, tokens, shape.hidden_size)
     values = math.prod(probe)
     return CostModel(
-        shape=shape, server=server, batch_size=config.train.batch_size, sequence_tokens=tokens, rank=max(entry.rank for entry in layout.entries),
-        local_steps=config.train.local_steps, exit_on_client=config.split.labels == "client", tail_blocks=config.split.tail_blocks,
-        modules=tuple(sorted({entry.key.module for entry in layout.entries})), weight_bytes=base.dtype.itemsize, compute_bytes=base.dtype.itemsize,
+        shape=shape,
+        server=server,
+        batch_size=config.train.batch_size,
+        sequence_tokens=tokens,
+        rank=max(entry.rank for entry in layout.entries),
+        local_steps=config.train.local_steps,
+        exit_on_client=config.split.labels == "client",
+        tail_blocks=config.split.tail_blocks,
+        modules=tuple(sorted({entry.key.module for entry in layout.entries})),
+        weight_bytes=base.dtype.itemsize,
+        compute_bytes=base.dtype.itemsize,
         uplink_bytes_per_value=(components.uplink.packet_bytes(probe, base.dtype) - HEADER_BYTES) / values,
         downlink_bytes_per_value=(components.downlink.packet_bytes(probe, base.dtype) - HEADER_BYTES) / values,
-        label_bytes=2 if shape.vocabulary < 65_535 else 4, packet_header_bytes=HEADER_BYTES, checkpointing=config.model.gradient_checkpointing,
-    )  # fmt: skip
+        label_bytes=2 if shape.vocabulary < 65_535 else 4,
+        packet_header_bytes=HEADER_BYTES,
+        checkpointing=config.model.gradient_checkpointing,
+    )
 
 
 def identity_of(config: RunConfig, split: SplitModel, data: FederatedData, layout: Layout) -> dict[str, Any]:

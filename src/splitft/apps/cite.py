@@ -6,8 +6,6 @@ id, and what the parts of a run that are no component rest on.
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -85,6 +83,14 @@ _PAPERS = (
         "1909.06335",
     ),
     Reference(
+        "yurochkin2019bayesian",
+        "Yurochkin, Mikhail and Agarwal, Mayank and Ghosh, Soumya and Greenewald, Kristjan and Hoang, Trong Nghia and Khazaeni, Yasaman",
+        "Bayesian Nonparametric Federated Learning of Neural Networks",
+        2019,
+        "1905.12022",
+        "International Conference on Machine Learning",
+    ),
+    Reference(
         "vepakomma2018split",
         "Vepakomma, Praneeth and Gupta, Otkrist and Swedish, Tristan and Raskar, Ramesh",
         "Split learning for health: Distributed deep learning without sharing raw patient data",
@@ -93,21 +99,17 @@ _PAPERS = (
     ),
 )
 REFERENCES: Mapping[str, Reference] = {paper.arxiv: paper for paper in _PAPERS}
+# What every run rests on, and what a U-shaped one adds; the rest is named by the components.
+U_SHAPE = "1812.00564"
 ALWAYS = ("2604.26388", "2106.09685", "2004.12088", "2407.00952", "1711.05101")
-BY_NAME: Mapping[tuple[str, str], tuple[str, ...]] = {
-    ("aggregator", "average"): ("1602.05629",),
-    ("partition", "dirichlet"): ("1909.06335",),
-    ("partition", "length_dirichlet"): ("2604.26388", "1909.06335"),
-}
 SEAMS = ("data", "partition", "policy", "uplink", "downlink", "aggregator")
 
 
 def catalogue() -> Catalogue:
-    """The catalogue of components, with their classes; empty where the package comes without one."""
-    if importlib.util.find_spec("splitft.catalog") is None:
-        return {}
-    found: Catalogue = getattr(importlib.import_module("splitft.catalog"), "CATALOG", {})
-    return found
+    """The tables of every component, with their classes. Imports torch, as some components do."""
+    from splitft.catalog import CATALOG
+
+    return CATALOG
 
 
 def references_of(config: RunConfig, components: Catalogue) -> list[str]:
@@ -116,10 +118,9 @@ def references_of(config: RunConfig, components: Catalogue) -> list[str]:
     for seam in SEAMS:
         component: Component = getattr(config, seam)
         for name in _names({"name": component.name, **component.fields}):
-            found += BY_NAME.get((seam, name), ())
-            found += _named_by_class(components, seam, name)
+            found += getattr(components.get(seam, {}).get(name), "references", ())
     if config.split.labels == "client":
-        found.append("1812.00564")
+        found.append(U_SHAPE)
     return list(dict.fromkeys(found))
 
 
@@ -131,12 +132,6 @@ def _names(fields: Mapping[str, Any]) -> Iterator[str]:
         for inner in value if isinstance(value, list) else [value]:
             if isinstance(inner, Mapping):
                 yield from _names(inner)
-
-
-def _named_by_class(components: Catalogue, seam: str, name: str) -> Iterator[str]:
-    for table in [components[seam]] if seam in components else components.values():
-        if name in table:
-            yield from getattr(table[name], "references", ())
 
 
 def render(ids: Iterable[str]) -> str:

@@ -178,12 +178,10 @@ def free_name(folder: Path, name: str) -> str:
 def _execute(config: RunConfig, resume: Path | None, quiet: bool) -> None:
     threads = console.prepare_process(config.engine.threads)
     if not quiet:
-        console.error_console().print(f"{threads.number} threads (by {threads.source}), waiting threads sleep", style="dim")
+        console.error_console().print(f"{threads.describe()}, waiting threads sleep", style="dim")
     from splitft.apps.execute import execute
 
-    folder = execute(config, resume=resume, quiet=quiet)
-    if not quiet:
-        typer.echo(folder)
+    execute(config, resume=resume, quiet=quiet)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -26,6 +26,9 @@ class Threads(NamedTuple):
     number: int
     source: str
 
+    def describe(self) -> str:
+        return f"{self.number} thread{'s' if self.number != 1 else ''} (by {self.source})"
+
 
 def usable_cores(quota_file: Path = _QUOTA_FILE) -> int:
     """Cores this process may use: its affinity, and a container's quota where there is one (Linux control groups, version 2)."""

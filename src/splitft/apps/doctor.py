@@ -75,7 +75,7 @@ def check_packages(requirements: Sequence[str], version_of: Callable[[str], str]
 
 
 def check_threads(threads: Threads, cores: int) -> Check:
-    detail = f"{threads.number} threads (by {threads.source}), {cores} cores usable"
+    detail = f"{threads.describe()}, cores usable: {cores}"
     if threads.number > cores:
         return Check("threads", "warn", detail, "More threads than cores are slow: unset OMP_NUM_THREADS or set engine.threads.")
     return Check("threads", "ok", detail)
@@ -172,7 +172,9 @@ def check_embedded(assets: Path) -> Check:
     try:
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers.utils.logging import disable_progress_bar
 
+        disable_progress_bar()
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
         with torch.no_grad():

@@ -23,9 +23,18 @@ class Display:
     def __init__(self, console: Console, rounds: int, quiet: bool) -> None:
         self.console, self.rounds, self.quiet = console, rounds, quiet
         self.progress = Progress(
-            SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("client-steps"),
-            TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=console, transient=True, disable=quiet or not console.is_terminal,
-        )  # fmt: skip
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("client-steps"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=quiet or not console.is_terminal,
+        )
         self.task = self.progress.add_task("starting", total=None)
         self.round = 0
         self.first: float | None = None
@@ -36,7 +45,9 @@ class Display:
     def listen(self, event: str, facts: dict[str, Any]) -> None:
         if event == "stage":
             name = STAGES.get(facts["name"], facts["name"])
-            self.progress.update(self.task, description=f"round {self.round + 1}/{self.rounds}: {name}" if facts["name"] in STAGES else name)
+            self.progress.update(
+                self.task, description=f"round {self.round + 1}/{self.rounds}: {name}" if facts["name"] in STAGES else name
+            )
         elif event == "step":
             self.progress.advance(self.task, facts["count"])
         elif event == "round":
@@ -78,7 +89,9 @@ def execute(config: RunConfig, *, resume: Path | None = None, quiet: bool = Fals
         try:
             display.round = run.state.round
             rules = run.assembly.rules
-            taking_part = min(len(run.assembly.data.clients), max(rules.minimum, round(rules.participation * len(run.assembly.data.clients))))
+            taking_part = min(
+                len(run.assembly.data.clients), max(rules.minimum, round(rules.participation * len(run.assembly.data.clients)))
+            )
             per_round = taking_part * rules.local_steps
             display.expect(rules.rounds * per_round, run.state.round * per_round)
             for _ in run.rounds():

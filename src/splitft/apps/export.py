@@ -30,7 +30,10 @@ def export(run_dir: Path, to: Path, merged: bool = False) -> Path:
     layout, _ = start_adapter(config, split)
     transposed = any(isinstance(module, Conv1D) for module in model.modules())
     if layout.parameters != state.adapters.shape[0]:
-        raise AdapterError(f"the checkpoint holds {state.adapters.shape[0]} adapter parameters, the configuration gives {layout.parameters}.", "restore config.toml.")
+        raise AdapterError(
+            f"the checkpoint holds {state.adapters.shape[0]} adapter parameters, the configuration gives {layout.parameters}.",
+            "restore config.toml.",
+        )
     if not merged:
         return write_adapter(to, layout, state.adapters, base.anatomy.blocks_path, config.model.path, transposed)
     model = load_model(config.model.path, base.config, base.dtype, base.attention, revision=config.model.revision)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from accelerate import init_empty_weights
+import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
@@ -28,7 +28,7 @@ def show_plan(config: RunConfig) -> None:
     """Print a table for each device profile of the configuration. The model is built without weights and no data is read."""
     components = build_components(config)
     base = load_base(config)
-    with init_empty_weights():
+    with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(base.config)
     shape = describe(model, config.model.path)
     targets = config.lora.targets if isinstance(config.lora.targets, str) else list(config.lora.targets)
@@ -38,5 +38,6 @@ def show_plan(config: RunConfig) -> None:
     console = Console()
     reference_s = reference_step_s(costs, profiles)
     for profile in dict.fromkeys(profiles):
-        title = f"{config.model.path} on {profile.name}, server {server.name}, {config.train.batch_size} x {config.tokens.block_tokens} tokens a step"
+        step = f"{config.train.batch_size} x {config.tokens.block_tokens} tokens a step"
+        title = f"{config.model.path} on {profile.name}, server {server.name}, {step}"
         render_plan(plan_table(costs, profile, reference_s), console, title)

@@ -133,7 +133,7 @@ def _figure(figure: Figure) -> str:
     caption = f'<figcaption><h3>{escape(figure.title)}</h3><p class="say">{escape(figure.note)}</p></figcaption>'
     css = "fig wide" if figure.wide else "fig"
     plot = f'<div class="plot">{figure.svg}</div>'
-    return f'<figure class="{css}" id="{figure.key}">{caption}{shown}{plot}{numbers_html(figure.columns, figure.rows)}</figure>'
+    return f'<figure class="{css}" id="figure-{figure.key}">{caption}{shown}{plot}{numbers_html(figure.columns, figure.rows)}</figure>'
 
 
 def _swatch(entry: Legend) -> str:

@@ -13,11 +13,11 @@ LIGHT: dict[str, str] = {
     "muted": "#5a636e",
     "line": "#e2e4e0",
     "axis": "#9aa1a9",
-    "accent": "#1f78b8",
+    "accent": "#1a6fb0",
     "warn": "#9a5b00",
     "warn-back": "#fff6e3",
     "good": "#0b7a58",
-    "c0": "#1f78b8",
+    "c0": "#1a6fb0",
     "c1": "#b8500f",
     "c2": "#1fa58c",
     "c3": "#8c1d5e",
@@ -192,10 +192,13 @@ svg .halo{fill:var(--ink);paint-order:stroke;stroke:var(--card);stroke-width:5px
 """
 
 _PRINT = """
-@page{size:landscape;margin:12mm}
+@page{margin:11mm}
 @media print{html{background:none;font-size:10pt;-webkit-print-color-adjust:exact;print-color-adjust:exact}body{max-width:none;padding:0}
 nav,details.data{display:none}
-.fig,.card,.key,.note{break-inside:avoid}h2,h3,figcaption,.legend{break-after:avoid}.figs{gap:10px}.plot,.scroll{overflow:visible;max-height:none}
+.fig,.card,.key,.note{break-inside:avoid}
+h2,h3,figcaption,.legend{break-after:avoid}.figs{gap:8px}.keys{grid-template-columns:repeat(3,1fr)}
+h2{margin:22px 0 8px}
+.fig,.card{padding:10px 12px}.plot,.scroll{overflow:visible;max-height:none}
 a{color:inherit;text-decoration:none}}
 """
 

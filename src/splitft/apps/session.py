@@ -52,14 +52,17 @@ class FederatedRun:
         """Take the folder for this process. Raises ConfigError for one that is taken by an earlier run, CheckpointError for one in use."""
         if fresh and (self.folder / "journal.jsonl").exists():
             raise ConfigError(
-                f"the run folder {self.folder} exists already.", f"continue it with: splitft run --resume {self.folder}; or choose another --name."
+                f"the run folder {self.folder} exists already.",
+                f"continue it with: splitft run --resume {self.folder}; or choose another --name.",
             )
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock: IO[str] = (self.folder / ".lock").open("w")
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as problem:
-            raise CheckpointError(f"{self.folder} is in use by another process.", "wait for it or stop it; a run has one writer.") from problem
+            raise CheckpointError(
+                f"{self.folder} is in use by another process.", "wait for it or stop it; a run has one writer."
+            ) from problem
         except OSError as problem:
             raise CheckpointError(f"cannot write to {self.folder}: {problem.strerror}.", "choose another run.folder.") from problem
 
@@ -69,10 +72,17 @@ class FederatedRun:
         write_atomically(self.folder / "manifest.json", (json.dumps(built.data.manifest) + "\n").encode())
         policy_state = built.components.policy.init(built.shape, built.profiles, built.costs[0])
         state = checkpoint.RunState(
-            round=0, adapters=built.start, clients={}, policy=dict(policy_state),
-            aggregator=dict(built.components.aggregator.init(built.federation.layout)), observations=[], virtual_s=0.0, wall_s=0.0,
-            journal_bytes=0, identity=dict(built.identity),
-        )  # fmt: skip
+            round=0,
+            adapters=built.start,
+            clients={},
+            policy=dict(policy_state),
+            aggregator=dict(built.components.aggregator.init(built.federation.layout)),
+            observations=[],
+            virtual_s=0.0,
+            wall_s=0.0,
+            journal_bytes=0,
+            identity=dict(built.identity),
+        )
         journal = Journal(self.folder)
         journal.append(started_event(built, state))
         state.journal_bytes = journal.bytes
@@ -88,9 +98,18 @@ class FederatedRun:
     def _make(self, state: checkpoint.RunState, journal: Journal) -> Run:
         built = self.assembly
         run = Run(
-            built.federation, built.executor, built.components.policy, built.components.aggregator, built.costs, built.profiles,
-            built.data.common_held_out, built.rules, self.folder, journal, state,
-        )  # fmt: skip
+            built.federation,
+            built.executor,
+            built.components.policy,
+            built.components.aggregator,
+            built.costs,
+            built.profiles,
+            built.data.common_held_out,
+            built.rules,
+            self.folder,
+            journal,
+            state,
+        )
         run.on_step = lambda count: self.listen("step", {"count": count})
         run.on_stage = lambda name: self.listen("stage", {"name": name})
         return run
@@ -119,7 +138,9 @@ class FederatedRun:
 
         built, run = self.assembly, self._run
         write_run_adapter(self.folder / "adapter", built, run)
-        run.journal.append({"event": "run_finished", "rounds": run.state.round, "wall_s": run.state.wall_s, "virtual_s": run.state.virtual_s})
+        run.journal.append(
+            {"event": "run_finished", "rounds": run.state.round, "wall_s": run.state.wall_s, "virtual_s": run.state.virtual_s}
+        )
         write_report(self.folder)
         if self.config.run.tensorboard:
             from splitft.apps.tensorboard import export_tensorboard
@@ -151,16 +172,27 @@ def started_event(built: Assembly, state: checkpoint.RunState) -> dict[str, Any]
         "name": built.config.name,
         "config": built.config.model_dump(mode="json"),
         "model": {
-            "name": built.config.model.path, "architecture": type(built.federation.split.model).__name__, "parameters": parameters_of(built.shape),
-            "blocks": len(built.shape.blocks), "hidden_size": built.shape.hidden_size, "vocabulary": built.shape.vocabulary,
-            "dtype": str(built.base.dtype).removeprefix("torch."), "device": built.base.device.type,
+            "name": built.config.model.path,
+            "architecture": type(built.federation.split.model).__name__,
+            "parameters": parameters_of(built.shape),
+            "blocks": len(built.shape.blocks),
+            "hidden_size": built.shape.hidden_size,
+            "vocabulary": built.shape.vocabulary,
+            "dtype": str(built.base.dtype).removeprefix("torch."),
+            "device": built.base.device.type,
             "adapter_parameters": built.federation.layout.parameters,
         },
         "clients": [
             {
-                "client": one.client, "name": one.name, "documents": one.documents, "train_rows": len(one.train), "train_tokens": one.train.tokens,
-                "held_out_tokens": one.held_out.tokens, "profile": built.profiles[one.client].name,
-                "cut": cuts[one.client] if one.client < len(cuts) else None, "length_histogram": built.data.length_histograms[one.client],
+                "client": one.client,
+                "name": one.name,
+                "documents": one.documents,
+                "train_rows": len(one.train),
+                "train_tokens": one.train.tokens,
+                "held_out_tokens": one.held_out.tokens,
+                "profile": built.profiles[one.client].name,
+                "cut": cuts[one.client] if one.client < len(cuts) else None,
+                "length_histogram": built.data.length_histograms[one.client],
             }
             for one in built.data.clients
         ],
@@ -168,7 +200,7 @@ def started_event(built: Assembly, state: checkpoint.RunState) -> dict[str, Any]
         "skew_index": built.data.skew_index,
         "partition": built.config.partition.name,
         "references": references(built.config),
-    }  # fmt: skip
+    }
 
 
 def references(config: RunConfig) -> list[str]:

@@ -26,7 +26,16 @@ HEADER_BYTES = HEADER.size
 VERSION = 1
 MAX_AXES = 4
 MAX_PAYLOAD_BYTES = 1 << 31
-DTYPES: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16, torch.uint8, torch.int32, torch.int16, torch.uint16, torch.float64)
+DTYPES: tuple[torch.dtype, ...] = (
+    torch.float32,
+    torch.bfloat16,
+    torch.float16,
+    torch.uint8,
+    torch.int32,
+    torch.int16,
+    torch.uint16,
+    torch.float64,
+)
 DTYPE_CODES = {dtype: code for code, dtype in enumerate(DTYPES)}
 State: TypeAlias = Any
 
@@ -41,7 +50,7 @@ class Packet:
     payload: bytes | memoryview
 
     @property
-    def bytes(self) -> int:
+    def size_bytes(self) -> int:
         """Length on the wire, header included."""
         return HEADER_BYTES + len(self.payload)
 
@@ -57,9 +66,13 @@ class Packet:
         version, codec, dtype, axes, reserved, *rest = HEADER.unpack(buffer[:HEADER_BYTES])
         shape, length = tuple(rest[:axes]), rest[-1]
         if version != VERSION or reserved != 0:
-            raise CodecError(f"packet version {version} is unknown, this is version {VERSION}.", "run the same splitft version on both sides.")
+            raise CodecError(
+                f"packet version {version} is unknown, this is version {VERSION}.", "run the same splitft version on both sides."
+            )
         if dtype >= len(DTYPES) or axes > MAX_AXES or any(rest[axes:MAX_AXES]):
-            raise CodecError(f"packet header names dtype {dtype} and {axes} axes, allowed are 0..{len(DTYPES) - 1} and 0..{MAX_AXES}.", _TORN)
+            raise CodecError(
+                f"packet header names dtype {dtype} and {axes} axes, allowed are 0..{len(DTYPES) - 1} and 0..{MAX_AXES}.", _TORN
+            )
         if length > limit_bytes or math.prod(shape) * DTYPES[dtype].itemsize > limit_bytes:
             raise CodecError(f"packet of {length} bytes for shape {shape} is over the limit of {limit_bytes} bytes.", _TORN)
         body = buffer[HEADER_BYTES : HEADER_BYTES + length]
@@ -122,7 +135,8 @@ def require_finite(tensor: Tensor, where: str) -> None:
 def to_bytes(tensor: Tensor) -> memoryview:
     """The raw bytes of a tensor, without a copy where it lies contiguous on the CPU."""
     flat = tensor.detach().to("cpu").contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy())
+    array: Any = flat.view(torch.uint8).numpy()
+    return memoryview(array)
 
 
 def from_bytes(payload: bytes | memoryview, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:

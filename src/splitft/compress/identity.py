@@ -26,7 +26,9 @@ class Identity(Codec):
 
     def decode(self, packet: Packet, state: State) -> tuple[Tensor, State]:
         if packet.codec != self.number:
-            raise CodecError(f"a packet of codec {packet.codec} reached identity (codec {self.number}).", "use the same codec on both sides.")
+            raise CodecError(
+                f"a packet of codec {packet.codec} reached identity (codec {self.number}).", "use the same codec on both sides."
+            )
         tensor = from_bytes(packet.payload, packet.dtype, packet.shape)
         if packet.dtype.is_floating_point:
             require_finite(tensor, "received tensor")

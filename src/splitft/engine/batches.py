@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from splitft.compress.base import Packet
 from splitft.data.base import ClientData
 from splitft.data.order import BatchOrder
 from splitft.errors import DataError, ProtocolError
-from splitft.compress.base import Packet
 from splitft.loss import shift_labels
 from splitft.types import IGNORE_LABEL
 
@@ -93,7 +93,7 @@ def label_packet(labels: Tensor, vocabulary: int) -> Packet:
     ignore = 65_535 if dtype == torch.uint16 else 2_147_483_647
     coded = torch.where(labels == IGNORE_LABEL, ignore, labels).cpu().to(torch.int32)
     narrow = coded.numpy().astype(np.uint16) if dtype == torch.uint16 else coded.numpy()
-    return Packet(LABEL_CODEC, dtype, tuple(labels.shape), memoryview(narrow.view(np.uint8)) if narrow.size else b"")
+    return Packet(LABEL_CODEC, dtype, tuple(labels.shape), narrow.tobytes())
 
 
 def read_labels(packet: Packet, vocabulary: int, count: int) -> Tensor:
@@ -109,5 +109,3 @@ def read_labels(packet: Packet, vocabulary: int, count: int) -> Tensor:
     if count and (labels.max() >= vocabulary or (labels[labels != IGNORE_LABEL] < 0).any()):
         raise ProtocolError(f"label {labels.max()} is outside the vocabulary of {vocabulary}.", "both sides must use the same tokenizer.")
     return torch.from_numpy(labels)
-
-

@@ -111,7 +111,9 @@ def load(path: Path) -> RunState:
         facts = json.loads((path / "state.json").read_text(encoding="utf-8"))
         data = (path / "tensors.safetensors").read_bytes()
         if facts["format"] != FORMAT:
-            raise CheckpointError(f"{path} has format {facts['format']}, this version reads {FORMAT}.", "resume with the splitft version that wrote it.")
+            raise CheckpointError(
+                f"{path} has format {facts['format']}, this version reads {FORMAT}.", "use the splitft version that wrote it."
+            )
         if hashlib.sha256(data).hexdigest() != facts["sha256"]:
             raise CheckpointError(f"{path / 'tensors.safetensors'} is damaged: its checksum is not the one in state.json.", remedy)
         tensors = load_file(path / "tensors.safetensors")
@@ -122,10 +124,17 @@ def load(path: Path) -> RunState:
             for client, one in facts["clients"].items()
         }
         return RunState(
-            int(facts["round"]), tensors["adapters"].to(torch.float32), clients, dict(facts["policy"]),
+            int(facts["round"]),
+            tensors["adapters"].to(torch.float32),
+            clients,
+            dict(facts["policy"]),
             {name.removeprefix("aggregator."): tensor for name, tensor in tensors.items() if name.startswith("aggregator.")},
-            list(facts["observations"]), float(facts["virtual_s"]), float(facts["wall_s"]), int(facts["journal_bytes"]), dict(facts["identity"]),
-        )  # fmt: skip
+            list(facts["observations"]),
+            float(facts["virtual_s"]),
+            float(facts["wall_s"]),
+            int(facts["journal_bytes"]),
+            dict(facts["identity"]),
+        )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as problem:
         raise CheckpointError(f"{path} cannot be read: {type(problem).__name__}: {problem}.", remedy) from problem
 
@@ -140,5 +149,6 @@ def require_same(saved: dict[str, Any], now: dict[str, Any], folder: Path) -> No
                 "model": "the base model's weights have changed; restore them, or start a new run.",
             }
             raise CheckpointError(
-                f"{folder} was made with {name} = {saved.get(name)}, now it is {value}.", remedies.get(name, "restore it, or start a new run.")
+                f"{folder} was made with {name} = {saved.get(name)}, now it is {value}.",
+                remedies.get(name, "restore it, or start a new run."),
             )

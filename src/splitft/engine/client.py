@@ -16,8 +16,8 @@ from splitft.engine.batches import Batch, gather, label_packet, require_targets
 from splitft.engine.exchange import Ownership, decode_vector, packet_bytes, parse_packet, put, round_end_frame, take
 from splitft.engine.settings import ClientState, Federation, load_moments, next_state
 from splitft.errors import ProtocolError
-from splitft.loss import Targets, training_loss
 from splitft.lora import AdapterBank
+from splitft.loss import Targets, training_loss
 from splitft.messages import Frame, RoundAccepted, RoundStart, StepFields, Type, decode, step_frame
 from splitft.optimizer import clip_factor
 from splitft.split import Route
@@ -30,8 +30,8 @@ Talk = Generator[bytes, bytes, None]
 def expect(data: bytes, kind: Type) -> Frame:
     """The frame in `data`, which must be of this type. Raises ProtocolError."""
     frame = decode(data)
-    if frame.type != kind:
-        raise ProtocolError(f"expected {kind.name}, got {frame.type.name}.", "both sides must run the same version and plan.")
+    if frame.kind != kind:
+        raise ProtocolError(f"expected {kind.name}, got {frame.kind.name}.", "both sides must run the same version and plan.")
     return frame
 
 
@@ -58,9 +58,14 @@ class Client:
         for step in range(self.start.local_steps):
             squared = yield from self._step(step, squared)
         end = round_end_frame(
-            self.client, self.start.round, self.tokens, squared, sum(self.step_losses),
-            take(self.bank.values[0].cpu(), self.columns), self.federation.settings.adapter_codec,
-        )  # fmt: skip
+            self.client,
+            self.start.round,
+            self.tokens,
+            squared,
+            sum(self.step_losses),
+            take(self.bank.values[0].cpu(), self.columns),
+            self.federation.settings.adapter_codec,
+        )
         batches = self.start.local_steps * self.start.gradient_accumulation
         self.state = next_state(self.before, batches, self.federation.settings, self.moments, 0)
         accepted = expect((yield end.encode()), Type.ROUND_ACCEPTED).read(RoundAccepted)
@@ -116,7 +121,9 @@ class Client:
         hidden = self._front(batch)
         valid = batch.mask.reshape(-1).bool() if batch.mask is not None else None
         packet = label_packet(_valid(batch.labels.reshape(-1), valid), self.federation.vocabulary)
-        frame = step_frame(Type.STEP_UP, fields, batch.lengths.reshape(-1).tolist(), (self._send(self.uplink, hidden, valid), packet_bytes(packet)))
+        frame = step_frame(
+            Type.STEP_UP, fields, batch.lengths.reshape(-1).tolist(), (self._send(self.uplink, hidden, valid), packet_bytes(packet))
+        )
         reply = expect((yield frame.encode()), Type.STEP_DOWN)
         hidden.backward(self._receive(self.downlink, reply, hidden, valid))  # type: ignore[no-untyped-call]
         return reply.step()
@@ -159,7 +166,9 @@ def spread(decoded: Tensor, shape: torch.Size, valid: Tensor | None, like: Tenso
     """Tokens [q d] laid out as [b t d] with zeros for padding. Raises ProtocolError when their number does not fit."""
     count = shape[0] * shape[1] if valid is None else int(valid.sum())
     if decoded.shape != (count, shape[2]):
-        raise ProtocolError(f"a tensor of shape {tuple(decoded.shape)} arrived, due are {count} tokens of width {shape[2]}.", "check the plan.")
+        raise ProtocolError(
+            f"a tensor of shape {tuple(decoded.shape)} arrived, due are {count} tokens of width {shape[2]}.", "check the plan."
+        )
     flat = decoded.to(like.device, like.dtype)
     if valid is None:
         return flat.reshape(shape)
@@ -171,5 +180,7 @@ def spread(decoded: Tensor, shape: torch.Size, valid: Tensor | None, like: Tenso
 def packet_of(frame: Frame, index: int) -> Packet:
     """Packet number `index` of a frame. Raises ProtocolError when it has fewer."""
     if index >= len(frame.packets):
-        raise ProtocolError(f"{frame.type.name} carries {len(frame.packets)} packets, number {index + 1} is due.", "check both sides' versions.")
+        raise ProtocolError(
+            f"{frame.kind.name} carries {len(frame.packets)} packets, number {index + 1} is due.", "check both sides' versions."
+        )
     return parse_packet(frame.packets[index])

@@ -11,13 +11,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from splitft.compress.base import Packet
 from splitft.engine.batches import Batch, gather, label_packet, require_targets
 from splitft.engine.exchange import Ownership, decode_vector, encode_vector, put, round_end_frame, round_start_frame, take
 from splitft.engine.ledger import Ledger
 from splitft.engine.settings import ClientState, Federation, OnStep, RoundResult, load_moments, next_state
-from splitft.compress.base import Packet
-from splitft.loss import Targets, training_loss
 from splitft.lora import AdapterBank
+from splitft.loss import Targets, training_loss
 from splitft.messages import FRAME_BYTES, STEP_BYTES, RoundAccepted, Type, round_frame
 from splitft.optimizer import clip_factor
 from splitft.split import Route
@@ -29,7 +29,7 @@ DEVICE_COHORT_TOKENS = 65_536
 
 
 class CohortExecutor:
-    """Runs the training of a round for all participants, `cohort_size` clients at a time (0: as many as about 8,000 tokens hold on a CPU)."""
+    """Trains a round's participants `cohort_size` at a time (0: about 8,000 tokens a pass on a CPU, 65,000 on a GPU)."""
 
     def __init__(self, federation: Federation, cohort_size: int = 0) -> None:
         self.federation = federation
@@ -72,7 +72,9 @@ def _join(parts: list[RoundResult]) -> RoundResult:
 class _Cohort:
     """One cohort in one round: plans in client order, a bank row and a moments row for each."""
 
-    def __init__(self, federation: Federation, plans: Sequence[Plan], round_index: int, first_step: int, states: dict[int, ClientState]) -> None:
+    def __init__(
+        self, federation: Federation, plans: Sequence[Plan], round_index: int, first_step: int, states: dict[int, ClientState]
+    ) -> None:
         self.federation = federation
         self.plans = plans
         self.round = round_index
@@ -143,10 +145,12 @@ class _Cohort:
         """Behind which block which clients' rows cross."""
         wires: dict[int, list[Wire]] = {}
 
-        def place(index: int, sessions: list[int], streams: list[tuple[Stream, Stream]], names: tuple[tuple[str, str], tuple[str, str]]) -> None:
+        def place(
+            index: int, sessions: list[int], streams: list[tuple[Stream, Stream]], names: tuple[tuple[str, str], tuple[str, str]]
+        ) -> None:
             def record(session: int, is_forward: bool, packet: Packet) -> None:
                 direction, kind = names[0] if is_forward else names[1]
-                self.ledger.add(self.plans[session].client, direction, kind, packet.bytes)  # type: ignore[arg-type]
+                self.ledger.add(self.plans[session].client, direction, kind, packet.size_bytes)  # type: ignore[arg-type]
 
             chosen = [streams[k] for k in sessions]
             wires.setdefault(index, []).append(
@@ -173,7 +177,7 @@ class _Cohort:
                 self.ledger.add(plan.client, "down", "control", 2 * other)
                 continue
             valid = (axis[None, :] < batch.lengths[k][:, None]).reshape(-1)
-            self.ledger.add(plan.client, "up", "labels", label_packet(labels[k][valid], self.federation.vocabulary).bytes)
+            self.ledger.add(plan.client, "up", "labels", label_packet(labels[k][valid], self.federation.vocabulary).size_bytes)
             self.ledger.add(plan.client, "up", "control", step_up)
             self.ledger.add(plan.client, "down", "control", other)
 
@@ -208,7 +212,9 @@ class _Cohort:
             own = take(values[k], columns)
             frame = round_end_frame(plan.client, self.round, tokens[k], float(squared[k]), sum(losses[k]), own, settings.adapter_codec)
             self.ledger.add_frame(plan.client, "up", frame)
-            self.ledger.add_frame(plan.client, "down", round_frame(Type.ROUND_ACCEPTED, RoundAccepted(round=self.round, client=plan.client)))
+            self.ledger.add_frame(
+                plan.client, "down", round_frame(Type.ROUND_ACCEPTED, RoundAccepted(round=self.round, client=plan.client))
+            )
             if not settings.adapter_codec.lossless:
                 put(values[k], columns, decode_vector(encode_vector(own, settings.adapter_codec), settings.adapter_codec))
             states[plan.client] = next_state(self.before[k], batches, settings, self.moments, k)

@@ -18,8 +18,8 @@ from torch import Tensor
 from splitft.data.base import TokenRows
 from splitft.engine.batches import assemble
 from splitft.errors import DataError
-from splitft.loss import Targets, token_losses
 from splitft.lora import AdapterBank, Layout
+from splitft.loss import Targets, token_losses
 from splitft.split import Route, SplitModel
 
 

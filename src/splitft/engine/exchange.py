@@ -49,7 +49,9 @@ def put(row: Tensor, columns: list[slice], vector: Tensor) -> None:
     """Write a vector from `take` back. Raises ProtocolError when its length does not fit."""
     size = sum(part.stop - part.start for part in columns)
     if vector.shape != (size,):
-        raise ProtocolError(f"adapters of shape {tuple(vector.shape)} arrived, {size} parameters are due.", "both sides must run the same plan.")
+        raise ProtocolError(
+            f"adapters of shape {tuple(vector.shape)} arrived, {size} parameters are due.", "both sides must run the same plan."
+        )
     start = 0
     for part in columns:
         row[part] = vector[start : start + part.stop - part.start]
@@ -72,15 +74,25 @@ def parse_packet(data: bytes | memoryview) -> Packet:
 def round_start_frame(plan: Plan, round_index: int, first_step: int, settings: TrainSettings, adapters: Tensor) -> Frame:
     """The message that opens a round for one client, with the global adapters [q] of its own blocks."""
     fields = RoundStart(
-        round=round_index, client=plan.client, cut=plan.cut, tail_blocks=plan.tail_blocks, exit_on_client=plan.exit_on_client,
-        local_steps=plan.local_steps, gradient_accumulation=settings.gradient_accumulation, batch_size=settings.batch_size,
-        rank=plan.rank, clip_norm=settings.clip_norm, first_step=first_step,
+        round=round_index,
+        client=plan.client,
+        cut=plan.cut,
+        tail_blocks=plan.tail_blocks,
+        exit_on_client=plan.exit_on_client,
+        local_steps=plan.local_steps,
+        gradient_accumulation=settings.gradient_accumulation,
+        batch_size=settings.batch_size,
+        rank=plan.rank,
+        clip_norm=settings.clip_norm,
+        first_step=first_step,
         rates=[settings.schedule.rate(first_step + step) for step in range(plan.local_steps)],
-    )  # fmt: skip
+    )
     return round_frame(Type.ROUND_START, fields, (encode_vector(adapters, settings.adapter_codec),))
 
 
-def round_end_frame(client: int, round_index: int, tokens: int, squared_norm: float, loss_sum: float, adapters: Tensor, codec: Codec) -> Frame:
+def round_end_frame(
+    client: int, round_index: int, tokens: int, squared_norm: float, loss_sum: float, adapters: Tensor, codec: Codec
+) -> Frame:
     """The message that closes a round for one client, with the adapters [q] of its own blocks."""
     fields = RoundEnd(round=round_index, client=client, tokens=tokens, squared_norm=squared_norm, loss_sum=loss_sum)
     return round_frame(Type.ROUND_END, fields, (encode_vector(adapters, codec),))

@@ -37,7 +37,8 @@ class Journal:
         size = self.path.stat().st_size
         if size < keep_bytes:
             raise CheckpointError(
-                f"{self.path} has {size} bytes, the checkpoint was made at {keep_bytes}.", "restore the journal from a copy, or start a new run."
+                f"{self.path} has {size} bytes, the checkpoint was made at {keep_bytes}.",
+                "restore the journal from a copy, or start a new run.",
             )
         with self.path.open("r+b") as file:
             file.truncate(keep_bytes)

@@ -24,7 +24,7 @@ class Ledger:
     def add_frame(self, client: int, direction: Direction, frame: Frame) -> None:
         """Count one message: each packet under its kind, the rest as control."""
         self.add(client, direction, "control", frame.overhead_bytes)
-        for kind, packet in zip(PACKET_KINDS[frame.type], frame.packets, strict=False):
+        for kind, packet in zip(PACKET_KINDS[frame.kind], frame.packets, strict=False):
             self.add(client, direction, kind, len(packet))
 
     def of(self, client: int) -> Counts:

@@ -30,12 +30,22 @@ def round_event(index: int, result: RoundResult, timing: RoundTiming, wall_s: fl
         losses, timed = result.step_losses[row], by_client[plan.client]
         clients.append(
             {
-                "client": plan.client, "cut": plan.cut, "rank": plan.rank, "steps": plan.local_steps, "tokens": result.tokens[row],
-                "targets": result.targets[row], "loss_first": losses[0], "loss_mean": sum(losses) / len(losses), "loss_last": losses[-1],
-                "finish_s": timed.finish_s, "server_wait_s": timed.server_wait_s, "barrier_wait_s": timed.barrier_wait_s,
-                "busy_s": dict(timed.busy_s), "bytes": result.ledger.of(plan.client),
+                "client": plan.client,
+                "cut": plan.cut,
+                "rank": plan.rank,
+                "steps": plan.local_steps,
+                "tokens": result.tokens[row],
+                "targets": result.targets[row],
+                "loss_first": losses[0],
+                "loss_mean": sum(losses) / len(losses),
+                "loss_last": losses[-1],
+                "finish_s": timed.finish_s,
+                "server_wait_s": timed.server_wait_s,
+                "barrier_wait_s": timed.barrier_wait_s,
+                "busy_s": dict(timed.busy_s),
+                "bytes": result.ledger.of(plan.client),
             }
-        )  # fmt: skip
+        )
     longest = max(len(losses) for losses in result.step_losses)
     per_step = [[losses[step] for losses in result.step_losses if step < len(losses)] for step in range(longest)]
     return {
@@ -61,11 +71,16 @@ def observations_of(index: int, result: RoundResult, timing: RoundTiming, scored
         found.append(
             asdict(
                 Observation(
-                    client=plan.client, round=index, tokens=result.tokens[row], loss=sum(result.step_losses[row]) / plan.local_steps,
-                    virtual_s=timed.finish_s - timing.start_s, wait_s=timed.server_wait_s + timed.barrier_wait_s,
-                    uplink_bytes=result.ledger.total(plan.client, "up"), downlink_bytes=result.ledger.total(plan.client, "down"),
+                    client=plan.client,
+                    round=index,
+                    tokens=result.tokens[row],
+                    loss=sum(result.step_losses[row]) / plan.local_steps,
+                    virtual_s=timed.finish_s - timing.start_s,
+                    wait_s=timed.server_wait_s + timed.barrier_wait_s,
+                    uplink_bytes=result.ledger.total(plan.client, "up"),
+                    downlink_bytes=result.ledger.total(plan.client, "down"),
                     held_out_loss=held_out.get(plan.client),
                 )
             )
-        )  # fmt: skip
+        )
     return found

@@ -113,9 +113,16 @@ def one_round(run: Run) -> RoundRecord:
     rate = run.federation.settings.schedule.rate(index * rules.local_steps - 1)
     trained = round_event(index, result, timing, wall_s, rate)
     run.state = replace(
-        state, round=index, adapters=adapters, clients={**state.clients, **result.states}, policy=dict(policy_state),
-        aggregator=dict(memory), observations=observations_of(index, result, timing, scored), virtual_s=timing.end_s, wall_s=state.wall_s + wall_s,
-    )  # fmt: skip
+        state,
+        round=index,
+        adapters=adapters,
+        clients={**state.clients, **result.states},
+        policy=dict(policy_state),
+        aggregator=dict(memory),
+        observations=observations_of(index, result, timing, scored),
+        virtual_s=timing.end_s,
+        wall_s=state.wall_s + wall_s,
+    )
     commit(run, [trained] + ([scored] if scored is not None else []))
     return RoundRecord(index, trained, scored)
 
@@ -149,7 +156,13 @@ def score(run: Run, index: int, adapters: Tensor) -> dict[str, Any]:
     sets = [client.held_out for client in run.federation.clients]
     common = [run.common_held_out] if len(run.common_held_out) else []
     scores = evaluate(
-        run.federation.split, run.federation.layout, adapters, [*sets, *common], run.rules.evaluate_batch, run.federation.device, run.rules.evaluate_rows
+        run.federation.split,
+        run.federation.layout,
+        adapters,
+        [*sets, *common],
+        run.rules.evaluate_batch,
+        run.federation.device,
+        run.rules.evaluate_rows,
     )
     clients = scores[: len(sets)]
     total: Score = scores[-1] if common else sum(clients[1:], clients[0])

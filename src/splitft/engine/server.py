@@ -17,8 +17,8 @@ from splitft.engine.client import packet_of, spread
 from splitft.engine.exchange import Ownership, decode_vector, packet_bytes, put
 from splitft.engine.settings import ClientState, Federation, load_moments
 from splitft.errors import ProtocolError
-from splitft.loss import Targets, training_loss
 from splitft.lora import AdapterBank
+from splitft.loss import Targets, training_loss
 from splitft.messages import Frame, RoundAccepted, RoundEnd, StepFields, Type, decode, round_frame, step_frame
 from splitft.optimizer import clip_factor
 from splitft.split import Route
@@ -28,7 +28,7 @@ from splitft.wire import Stream
 
 @dataclass
 class Session:
-    """The server's side of one client in one round. `row` is its bank row; `due` says that an optimizer step waits for the client's norm."""
+    """The server's side of one client in one round. `due`: an optimizer step waits for the client's norm."""
 
     ownership: Ownership
     row: int
@@ -72,7 +72,13 @@ class Server:
     """Serves one round. `deterministic` runs every session alone, so results do not depend on who else is waiting."""
 
     def __init__(
-        self, federation: Federation, plan: RoundPlan, first_step: int, adapters: Tensor, states: dict[int, ClientState], deterministic: bool
+        self,
+        federation: Federation,
+        plan: RoundPlan,
+        first_step: int,
+        adapters: Tensor,
+        states: dict[int, ClientState],
+        deterministic: bool,
     ) -> None:
         self.federation = federation
         self.plan = plan
@@ -82,30 +88,36 @@ class Server:
         self.bank = AdapterBank(federation.layout, count, federation.device)
         with torch.no_grad():
             self.bank.values.copy_(adapters.to(federation.device)[None, :])
-        self.moments = load_moments([states.get(one.client, ClientState()) for one in plan.plans], federation.layout, settings, federation.device)
+        self.moments = load_moments(
+            [states.get(one.client, ClientState()) for one in plan.plans], federation.layout, settings, federation.device
+        )
         self.sessions = {
             one.client: Session(
-                Ownership(one, federation.split.blocks), row, Stream.open(settings.uplink), Stream.open(settings.downlink),
-                Stream.open(settings.downlink), Stream.open(settings.uplink),
+                Ownership(one, federation.split.blocks),
+                row,
+                Stream.open(settings.uplink),
+                Stream.open(settings.downlink),
+                Stream.open(settings.downlink),
+                Stream.open(settings.uplink),
             )
             for row, one in enumerate(plan.plans)
-        }  # fmt: skip
+        }
         self.open: list[OpenPass] = []
 
     def handle(self, messages: Sequence[tuple[int, bytes]]) -> list[tuple[int, bytes]]:
         """Answer the (client, message) pairs that are waiting, in client order. Raises ProtocolError; nothing is half-applied."""
         frames = sorted(((client, decode(data)) for client, data in messages), key=lambda pair: pair[0])
         replies: list[tuple[int, bytes]] = []
-        arrivals = [self._arrive(client, frame) for client, frame in frames if frame.type == Type.STEP_UP]
+        arrivals = [self._arrive(client, frame) for client, frame in frames if frame.kind == Type.STEP_UP]
         for group in self._groups(arrivals):
             replies += self._forward(group)
         for client, frame in frames:
-            if frame.type == Type.GRADIENT_UP:
+            if frame.kind == Type.GRADIENT_UP:
                 replies += self._gradient(client, frame)
-            elif frame.type == Type.ROUND_END:
+            elif frame.kind == Type.ROUND_END:
                 replies.append(self._finish(client, frame))
-            elif frame.type != Type.STEP_UP:
-                raise ProtocolError(f"client {client} sent {frame.type.name}, which only a server sends.", "check the client's version.")
+            elif frame.kind != Type.STEP_UP:
+                raise ProtocolError(f"client {client} sent {frame.kind.name}, which only a server sends.", "check the client's version.")
         return sorted(replies, key=lambda pair: pair[0])
 
     def _session(self, client: int) -> Session:
@@ -119,13 +131,19 @@ class Server:
         """Check a STEP_UP against the plan, take the step it closes, decode its tensors."""
         session, fields = self._session(client), frame.step()
         plan, settings = session.ownership.plan, self.federation.settings
-        if fields.client != client or fields.round != self.plan.round or fields.step != session.step + (1 if session.due and fields.micro == 0 else 0):
+        if (
+            fields.client != client
+            or fields.round != self.plan.round
+            or fields.step != session.step + (1 if session.due and fields.micro == 0 else 0)
+        ):
             raise ProtocolError(
                 f"client {client} sent round {fields.round}, step {fields.step}; due is round {self.plan.round}, step {session.step}.",
                 "messages must come in order; restart the round.",
             )
         if len(frame.lengths) != settings.batch_size or not all(frame.lengths):
-            raise ProtocolError(f"client {client} sent {len(frame.lengths)} sequences, the plan says {settings.batch_size}.", "check train.batch_size.")
+            raise ProtocolError(
+                f"client {client} sent {len(frame.lengths)} sequences, the plan says {settings.batch_size}.", "check train.batch_size."
+            )
         if fields.micro == 0:
             self._close_step(session, fields.squared_norm)
             session.step = fields.step
@@ -180,7 +198,7 @@ class Server:
 
     def _send_hidden(self, group: list[Arrival], final: Tensor) -> list[tuple[int, bytes]]:
         replies = []
-        for arrival, part in zip(group, final.detach().split([arrival.lengths.shape[0] for arrival in group]), strict=True):
+        for arrival, part in zip(group, torch.split(final.detach(), [arrival.lengths.shape[0] for arrival in group]), strict=True):
             session = arrival.session
             packet, session.exit_down.sender = session.exit_down.codec.encode(_tokens(part, arrival), session.exit_down.sender)
             replies.append((session.client, step_frame(Type.HIDDEN_DOWN, arrival.fields, (), (packet_bytes(packet),)).encode()))
@@ -233,11 +251,15 @@ class Server:
 
     def _finish(self, client: int, frame: Frame) -> tuple[int, bytes]:
         """Take a participant's own adapters beside its session's."""
-        session, end = self._session(client), frame.read(RoundEnd)
+        session = self._session(client)
+        end: RoundEnd = frame.read(RoundEnd)
         if end.client != client or end.round != self.plan.round:
             raise ProtocolError(f"client {client} closed round {end.round} as client {end.client}.", "check the client's identity.")
         if session.step != session.ownership.plan.local_steps - 1 or not session.due:
-            raise ProtocolError(f"client {client} closed the round after step {session.step + 1} of {session.ownership.plan.local_steps}.", "finish the steps.")
+            raise ProtocolError(
+                f"client {client} closed the round after step {session.step + 1} of {session.ownership.plan.local_steps}.",
+                "finish the steps.",
+            )
         codec = self.federation.settings.adapter_codec
         vector = decode_vector(frame.packets[0], codec).to(self.federation.device)
         self._close_step(session, end.squared_norm)

@@ -39,7 +39,7 @@ class WorkersExecutor:
         def observe(client: int, direction: Direction, message: bytes) -> None:
             frame = decode(message)
             ledger.add_frame(client, direction, frame)
-            if frame.type == Type.STEP_DOWN:
+            if frame.kind == Type.STEP_DOWN:
                 fields = frame.step()
                 on_step(1 if fields.micro == federation.settings.gradient_accumulation - 1 else 0)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -49,8 +49,9 @@ def is_projection(module: nn.Module) -> bool:
 
 def widths(module: nn.Module) -> tuple[int, int]:
     """Input and output width of a projection."""
-    first, second = module.weight.shape  # type: ignore[misc]
-    return (int(first), int(second)) if isinstance(module, Conv1D) else (int(second), int(first))  # type: ignore[has-type]
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    first, second = weight.shape
+    return (int(first), int(second)) if isinstance(module, Conv1D) else (int(second), int(first))
 
 
 def projections(block: nn.Module) -> tuple[Projection, ...]:
@@ -81,7 +82,9 @@ def select_targets(available: tuple[Projection, ...], targets: str | list[str] |
     for name in names:
         if not any(p.module == name or p.module.endswith("." + name) for p in available):
             known = ", ".join(p.module for p in available)
-            raise AdapterError(f"lora.targets: no projection is called {name!r}.", f"this model's blocks have: {known}; or use 'default' or 'all'.")
+            raise AdapterError(
+                f"lora.targets: no projection is called {name!r}.", f"this model's blocks have: {known}; or use 'default' or 'all'."
+            )
     return tuple(p for p in available if any(p.module == name or p.module.endswith("." + name) for name in names))
 
 

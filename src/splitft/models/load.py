@@ -55,7 +55,9 @@ def resolve(path: str) -> str:
         names = [entry.name for entry in folder.parent.iterdir()] if folder.parent.is_dir() else []
         near = difflib.get_close_matches(folder.name, names, n=1)
         hint = f" Did you mean {folder.parent / near[0]}?" if near else ""
-        raise ModelError(f"model.path: there is no folder {path}.{hint}", "give a folder with config.json, a hub name such as gpt2, or 'embedded'.")
+        raise ModelError(
+            f"model.path: there is no folder {path}.{hint}", "give a folder with config.json, a hub name such as gpt2, or 'embedded'."
+        )
     return path
 
 
@@ -83,14 +85,17 @@ def load_model_config(path: str, revision: str = "") -> PreTrainedConfig:
         raise ModelError(f"model.path: cannot read the configuration of {path!r}: {_first_line(problem)}", _REMEDY) from problem
 
 
-_REMEDY = "check the name, or the network if it is a hub name (HF_HUB_OFFLINE must not be set); a local folder needs config.json and *.safetensors."
+_REMEDY = (
+    "check the name, or the network if it is a hub name (HF_HUB_OFFLINE must not be set); "
+    "a local folder needs config.json and *.safetensors."
+)
 
 
 def load_tokenizer(path: str, revision: str = "") -> PreTrainedTokenizerBase:
     """The model's tokenizer. Raises ModelError when there is none."""
     try:
         with quiet_transformers():
-            return AutoTokenizer.from_pretrained(resolve(path), revision=revision or None, trust_remote_code=False)  # type: ignore[no-any-return,no-untyped-call]
+            return AutoTokenizer.from_pretrained(resolve(path), revision=revision or None, trust_remote_code=False)
     except ModelError:
         raise
     except Exception as problem:
@@ -126,14 +131,16 @@ def load_model(
         raise ModelError(f"model.path: cannot load {path!r}: {_first_line(problem)}", _REMEDY) from problem
     missing = sorted(name for name, parameter in model.named_parameters() if parameter.is_meta)
     if missing:
-        raise ModelError(f"{path!r} has no tensor for {missing[0]} ({len(missing)} are missing).", "the checkpoint does not belong to its config.json.")
+        raise ModelError(
+            f"{path!r} has no tensor for {missing[0]} ({len(missing)} are missing).", "the checkpoint does not belong to its config.json."
+        )
     model.requires_grad_(False)
-    return model.eval()  # type: ignore[no-any-return]
+    return model.eval()
 
 
 def causal_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     """The causal LM class of a configuration; ModelError when the family has none."""
-    mapping = AutoModelForCausalLM._model_mapping  # type: ignore[attr-defined]
+    mapping = AutoModelForCausalLM._model_mapping
     if type(config) not in mapping:
         raise ModelError(f"{config.model_type} has no causal language model in the installed transformers.", "choose a decoder-only model.")
     return mapping[type(config)]  # type: ignore[no-any-return]

@@ -25,7 +25,9 @@ class InProcess(Transport):
                 self._advance(client, talks[client], reply, waiting)
             if not waiting and any(talk.gi_frame is not None for talk in talks.values()):  # type: ignore[attr-defined]
                 stuck = [client for client, talk in talks.items() if talk.gi_frame is not None]  # type: ignore[attr-defined]
-                raise ProtocolError(f"clients {stuck} wait for a reply that does not come.", "this is a fault of the handler; please report it.")
+                raise ProtocolError(
+                    f"clients {stuck} wait for a reply that does not come.", "this is a fault of the handler; please report it."
+                )
 
     @staticmethod
     def _advance(client: int, talk: Talk, reply: bytes | None, waiting: dict[int, bytes]) -> None:

@@ -1,0 +1,205 @@
+"""The page: whole for every kind of run, closed to injection, fetching nothing, the same bytes every time."""
+
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+from report_journals import Journal, write_events
+
+from splitft.apps.report import write_report
+from splitft.apps.report_page import LEAKAGE_NOTE, render_page
+from splitft.apps.report_record import load_record
+from splitft.apps.report_tables import CELLS, client_rows, numbers_html
+from splitft.errors import CheckpointError
+
+RUNS = {
+    "one client, one round": Journal(clients=1, rounds=1),
+    "five clients": Journal(),
+    "exact seconds": Journal(clients=2, rounds=3, busy=True),
+    "forty clients": Journal(clients=40, rounds=4, drawn_steps=1),
+    "fifty clients": Journal(clients=50, rounds=3, participation=0.3),
+    "unfinished": Journal(rounds=4, finished=False),
+    "before the first round": Journal(rounds=1, finished=False),
+    "partial participation": Journal(clients=9, rounds=8, participation=0.4),
+    "all steps drawn": Journal(clients=3, rounds=2, steps=2, drawn_steps=9),
+    "nothing drawn": Journal(clients=3, rounds=2, drawn_steps=0),
+    "many steps": Journal(clients=2, rounds=6, steps=200, drawn_steps=1),
+}
+EVIL = (
+    "<script>alert(1)</script>",
+    '"><img src=x onerror=alert(1)>',
+    "</title></svg><b>",
+    "'; DROP",
+    "\x1b[31m\u202egnp.exe",
+    "]]>&amp;<!--",
+)
+VOID = {"meta", "rect", "path", "circle", "br", "img", "input", "link"}
+
+
+class Checker(HTMLParser):
+    """Fails on a tag that is not closed in order; collects tags, attributes and text."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str]] = []
+        self.text: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += [(name, value or "") for name, value in attrs]
+        if tag not in VOID or tag in ("rect", "circle"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += [(name, value or "") for name, value in attrs]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+
+def checked(page: str) -> Checker:
+    checker = Checker()
+    checker.feed(page)
+    checker.close()
+    assert checker.open == []
+    return checker
+
+
+def page_of(journal: Journal, folder: Path) -> str:
+    return render_page(load_record(journal.write(folder)))
+
+
+@pytest.mark.parametrize("journal", RUNS.values(), ids=RUNS.keys())
+def test_every_kind_of_run_makes_a_sound_page(journal: Journal, tmp_path: Path) -> None:
+    page = page_of(journal, tmp_path)
+    checker = checked(page)
+    assert LEAKAGE_NOTE in checker.text
+    assert not re.search(r"\b(nan|inf|None|Infinity)\b", re.sub(r"<style>.*?</style>", "", page))
+    ids = [value for name, value in checker.attributes if name == "id"]
+    assert len(ids) == len(set(ids))
+    for svg in re.findall(r"<svg viewBox.*?</svg>", page, re.DOTALL):
+        ElementTree.fromstring(svg)
+    for links in (value for name, value in checker.attributes if name == "aria-labelledby"):
+        assert set(links.split()) <= set(ids)
+
+
+@pytest.mark.parametrize("journal", RUNS.values(), ids=RUNS.keys())
+def test_no_mark_leaves_its_drawing(journal: Journal, tmp_path: Path) -> None:
+    for svg in re.findall(r'<svg viewBox="0 0 \d+[^>]*role="img".*?</svg>', page_of(journal, tmp_path), re.DOTALL):
+        root = ElementTree.fromstring(svg)
+        _, _, width, height = (float(part) for part in root.attrib["viewBox"].split())
+        for mark in root.iter():
+            if mark.tag == "rect":
+                assert float(mark.attrib["x"]) >= -0.01
+                assert float(mark.attrib["y"]) >= -0.01
+                assert float(mark.attrib["x"]) + float(mark.attrib["width"]) <= width + 0.01
+                assert float(mark.attrib["y"]) + float(mark.attrib["height"]) <= height + 0.01
+            if mark.tag == "path":
+                numbers = [float(number) for number in re.findall(r"-?[\d.]+", mark.attrib["d"])]
+                assert all(-0.01 <= value <= max(width, height) + 0.01 for value in numbers)
+            if mark.tag == "text":
+                assert 0 <= float(mark.attrib["x"]) <= width
+                assert 0 <= float(mark.attrib["y"]) <= height + 1
+
+
+def test_nothing_of_the_journal_becomes_markup(tmp_path: Path) -> None:
+    events = Journal(clients=len(EVIL), rounds=2, names=EVIL).events()
+    start = events[0]
+    start |= {"name": EVIL[0], "utc": EVIL[1], "version": EVIL[2], "partition": EVIL[1], "references": [EVIL[0], {"x": EVIL[1]}]}
+    start["model"] |= {"name": EVIL[2], "architecture": EVIL[0]}
+    start["config"] |= {EVIL[0]: {EVIL[1]: EVIL[5]}, "text": EVIL[2]}
+    start["clients"][0]["profile"] = EVIL[1]
+    events[2]["clients"][0]["bytes"]["up"][EVIL[1]] = 5
+    events[2]["timeline"].append([0, EVIL[0], 1.0, 2.0])
+    events.insert(4, {"event": "resumed", "round": 1, "utc": EVIL[0]})
+    page = render_page(load_record(write_events(tmp_path, events)))
+    checker = checked(page)
+    assert not {"script", "img", "b", "iframe", "link"} & set(checker.tags)
+    assert not [name for name, _ in checker.attributes if name.startswith("on")]
+    assert not {"\x1b", "\u202e"} & set(page)
+    assert any("<script>alert(1)</script>" in text for text in checker.text)
+
+
+def test_the_page_fetches_and_runs_nothing(tmp_path: Path) -> None:
+    page = page_of(Journal(), tmp_path)
+    checker = checked(page)
+    assert not {"script", "link", "img", "iframe", "object", "use", "image"} & set(checker.tags)
+    assert not {"src", "srcset", "xlink:href", "action"} & {name for name, _ in checker.attributes}
+    assert not re.search(r"@import|url\((?!#)", page)
+    links = [value for name, value in checker.attributes if name == "href"]
+    assert all(link.startswith(("#", "https://arxiv.org/abs/")) for link in links)
+    assert "default-src 'none'" in page
+
+
+def test_equal_journals_give_equal_bytes(tmp_path: Path) -> None:
+    first = write_report(Journal().write(tmp_path / "a")).read_bytes()
+    assert write_report(Journal().write(tmp_path / "b")).read_bytes() == first
+
+
+def test_the_report_replaces_the_old_one_whole(tmp_path: Path) -> None:
+    folder = Journal(rounds=1).write(tmp_path)
+    (folder / "report.html").write_text("old")
+    assert write_report(folder) == folder / "report.html"
+    assert (folder / "report.html").read_text().startswith("<!DOCTYPE html>")
+    assert sorted(path.name for path in folder.iterdir()) == ["journal.jsonl", "report.html"]
+
+
+def test_a_damaged_journal_leaves_the_old_report(tmp_path: Path) -> None:
+    (tmp_path / "report.html").write_text("old")
+    (tmp_path / "journal.jsonl").write_text("nonsense\n{}\n")
+    with pytest.raises(CheckpointError):
+        write_report(tmp_path)
+    assert (tmp_path / "report.html").read_text() == "old"
+
+
+def test_the_header_has_the_key_figures(tmp_path: Path) -> None:
+    record = load_record(Journal().write(tmp_path))
+    text = " ".join(checked(render_page(record)).text)
+    before, after = record.before_after()
+    for expected in (f"{before:.1f}", f"{after:.1f}", "822 B", "128,000", "5 of 5", "finished", "2026-04-01 09:30:00 UTC"):
+        assert expected in text
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"), [({"event": "interrupted"}, "interrupted"), ({"event": "resumed", "round": 2, "utc": ""}, "Resumed")]
+)
+def test_the_header_says_how_the_run_stands(tmp_path: Path, change: dict[str, Any], expected: str) -> None:
+    page = render_page(load_record(write_events(tmp_path, [*Journal(rounds=3).events()[:-1], change])))
+    assert expected in page
+
+
+def test_the_configuration_can_be_saved_and_read_again(tmp_path: Path) -> None:
+    import html
+    import tomllib
+
+    journal = Journal()
+    shown = re.search(r"<pre>(.*?)</pre>", page_of(journal, tmp_path), re.DOTALL)
+    assert shown is not None
+    config = {key: value for key, value in journal.config().items() if value is not None}
+    assert tomllib.loads(html.unescape(shown[1])) == config
+
+
+def test_the_client_table_ends_with_the_cohort(tmp_path: Path) -> None:
+    record = load_record(Journal(clients=3, rounds=2).write(tmp_path))
+    columns, rows = client_rows(record)
+    assert [row[0] for row in rows] == ["client-0", "client-1", "client-2", "global"]
+    assert {len(row) for row in rows} == {len(columns)}
+
+
+def test_a_huge_table_is_cut_and_says_so() -> None:
+    columns = tuple(f"c{index}" for index in range(300))
+    page = numbers_html(columns, tuple(columns for _ in range(500)))
+    assert page.count("<td") <= CELLS
+    assert "of 500 rows and 120 of 300 columns; the journal has all" in page
+    assert numbers_html(columns, ()) == ""
