@@ -110,6 +110,15 @@ def build(family: str = "gpt2", attention: str = "sdpa", seed: int = 0) -> tf.Pr
         return loud(model.float().eval())
 
 
+def build_sized(family: str, vocabulary: int) -> tf.PreTrainedModel:
+    """As `build`, with another vocabulary."""
+    config = without_dropout(FAMILIES[family]())
+    config.vocab_size = vocabulary
+    with torch.random.fork_rng(devices=[]):
+        torch.random.default_generator.manual_seed(0)
+        return loud(tf.AutoModelForCausalLM.from_config(config).float().eval())
+
+
 def split_model(family: str = "gpt2", targets: str | list[str] = "default", attention: str = "sdpa") -> SplitModel:
     anatomy = inspect_family(FAMILIES[family](), family, attention)
     return SplitModel(build(family, attention), anatomy, targets)

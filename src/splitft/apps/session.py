@@ -42,11 +42,15 @@ class FederatedRun:
         self.folder = resume if resume is not None else Path(config.run.folder) / config.name
         self._claim(resume is None)
         self.config = config
-        torch.set_num_threads(config.engine.threads or torch.get_num_threads())
-        if config.engine.deterministic and torch.cuda.is_available():
-            torch.use_deterministic_algorithms(True, warn_only=True)
-        self.assembly = assemble(config, lambda name: listen("stage", {"name": name}))
-        self._run = self._resume() if resume is not None else self._start()
+        try:
+            torch.set_num_threads(config.engine.threads or torch.get_num_threads())
+            if config.engine.deterministic and torch.cuda.is_available():
+                torch.use_deterministic_algorithms(True, warn_only=True)
+            self.assembly = assemble(config, lambda name: listen("stage", {"name": name}))
+            self._run = self._resume() if resume is not None else self._start()
+        except BaseException:
+            self.close()
+            raise
 
     def _claim(self, fresh: bool) -> None:
         """Take the folder for this process. Raises ConfigError for one that is taken by an earlier run, CheckpointError for one in use."""
@@ -60,6 +64,7 @@ class FederatedRun:
             self._lock: IO[str] = (self.folder / ".lock").open("w")
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as problem:
+            self.close()
             raise CheckpointError(
                 f"{self.folder} is in use by another process.", "wait for it or stop it; a run has one writer."
             ) from problem
@@ -93,7 +98,9 @@ class FederatedRun:
         state = checkpoint.load(checkpoint.newest(self.folder))
         checkpoint.require_same(state.identity, self.assembly.identity, self.folder)
         write_atomically(self.folder / "config.toml", self.config.to_toml().encode())
-        return self._make(state, Journal(self.folder, state.journal_bytes))
+        journal = Journal(self.folder, state.journal_bytes)
+        journal.append({"event": "resumed", "round": state.round, "utc": utc_now()})
+        return self._make(state, journal)
 
     def _make(self, state: checkpoint.RunState, journal: Journal) -> Run:
         built = self.assembly

@@ -147,7 +147,7 @@ def virtual_time(run: Run, plans: Sequence[Plan], start_s: float) -> RoundTiming
         costs = run.costs[plan.client]
         exchanges = replace(plan, local_steps=plan.local_steps * accumulation)
         schedules.append(schedule(exchanges, costs.cost(plan), run.profiles[plan.client], costs.server))
-    return simulate_round(schedules, start_s)
+    return simulate_round(schedules, start_s, timeline_steps=2)
 
 
 def score(run: Run, index: int, adapters: Tensor) -> dict[str, Any]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from splitft.errors import ProtocolError
 from splitft.transport.base import Handler, Observe, Talk, Transport
 
 
+@dataclass(frozen=True)
 class InProcess(Transport):
     """Clients advance in lockstep: all messages of a turn reach the handler together, so it can batch them."""
 

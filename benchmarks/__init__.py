@@ -1,0 +1,1 @@
+"""Measurements of splitft against plain transformers + PEFT: speed, memory, start-up. `python -m benchmarks --help`."""
