@@ -30,7 +30,7 @@ def text_file(path: Path, documents: int = 40, seed: int = 0) -> Path:
 
 
 def tiny_config(folder: Path, **changes: Any) -> RunConfig:
-    """Three clients, cuts 1 2 3, three rounds of two steps, moments kept, half of the clients drawn from round to round by default not."""
+    """Three clients, cuts 1 2 3, three rounds of two steps, moments kept; `changes` replace whole components and single fields of sections."""
     model = folder / "model"
     if not model.is_dir():
         model_folder(model)
@@ -51,5 +51,5 @@ def tiny_config(folder: Path, **changes: Any) -> RunConfig:
         "run": {"folder": str(folder / "runs")},
     }
     for name, change in changes.items():
-        values[name] = {**values[name], **change} if isinstance(change, dict) and "name" not in change else change
+        values[name] = {**values.get(name, {}), **change} if isinstance(change, dict) and "name" not in change else change
     return parse_config(values)

@@ -22,7 +22,8 @@ def sample(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, seed: int
     """Values over six orders of magnitude and both signs, all of them normal numbers in every type."""
     generator = torch_stream(seed, "codec-sample")
     exponent = torch.randint(-10, 11, shape, generator=generator)
-    return (torch.randn(shape, generator=generator).clamp(-3, 3) * 2.0**exponent).to(dtype)
+    sign = torch.randint(0, 2, shape, generator=generator) * 2 - 1
+    return (sign * (1.0 + torch.rand(shape, generator=generator)) * 2.0**exponent).to(dtype)
 
 
 def through(codec: Codec, tensor: torch.Tensor) -> torch.Tensor:
@@ -73,12 +74,10 @@ def test_values_below_the_normal_range_stay_within_the_absolute_bound(variant: V
     assert bool((error <= torch.maximum(relative * tensor.double().abs(), torch.tensor(absolute, dtype=torch.float64))).all())
 
 
-@every_codec
+@pytest.mark.parametrize("variant", [variant for variant in CODEC_VARIANTS if variant.build().lossless], ids=repr)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_codec_that_says_lossless_keeps_every_bit(variant: Variant, dtype: torch.dtype) -> None:
     codec: Codec = variant.build()
-    if not codec.lossless:
-        pytest.skip("lossy")
     tensor = torch.cat([sample((500,), dtype), torch.tensor([0.0, -0.0, torch.finfo(dtype).max, torch.finfo(dtype).tiny], dtype=dtype)])
     assert torch.equal(through(codec, tensor).view(torch.uint8), tensor.view(torch.uint8))
 
@@ -95,7 +94,7 @@ def test_re_encoding_a_decoded_tensor_changes_nothing(variant: Variant, dtype: t
 def test_memory_order_does_not_matter(variant: Variant) -> None:
     codec: Codec = variant.build()
     base = sample((6, 10, 14))
-    for view in (base.transpose(0, 2), base[::2], base[:, 3:7, ::3], base.t() if base.ndim == 2 else base.permute(2, 0, 1)):
+    for view in (base.transpose(0, 2), base[::2], base[:, 3:7, ::3], base.permute(2, 0, 1)):
         assert not view.is_contiguous()
         assert torch.equal(through(codec, view), through(codec, view.contiguous()))
 

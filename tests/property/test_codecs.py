@@ -7,15 +7,17 @@ import resource
 
 import pytest
 import torch
-from contract.variants import CODEC_VARIANTS, ERROR_BOUNDS, Variant
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from splitft.compress.base import DTYPES, HEADER, HEADER_BYTES, VERSION, Codec, Packet
 from splitft.errors import CodecError
+from splitft.rng import torch_stream
+
+from ..contract.variants import CODEC_VARIANTS, ERROR_BOUNDS, Variant
 
 CODECS: list[Codec] = [variant.build() for variant in CODEC_VARIANTS]
-SMALL, ANY = st.integers(0, 9), st.integers(0, 2**32 - 1)
+SMALL = st.integers(0, 9)
 # Zero axes beside huge ones are left out: torch cannot make such tensors and names no codec.
 SHAPE = st.one_of(
     st.tuples(SMALL, SMALL, SMALL, SMALL), st.tuples(*[st.integers(1, 2**32 - 1)] * 4), st.tuples(SMALL, SMALL, st.just(0), st.just(0))
@@ -41,8 +43,7 @@ def decode_hostile(codec: Codec, data: bytes) -> None:
     try:
         packet, rest = Packet.parse(memoryview(data))
         tensor, _ = codec.decode(packet, codec.init())
-    except CodecError as problem:
-        assert problem.remedy
+    except CodecError:
         return
     assert tensor.shape == packet.shape
     assert tensor.numel() * tensor.itemsize <= 4 * len(packet.payload)
@@ -72,7 +73,7 @@ def test_flipped_and_truncated_packets_never_raise_anything_but_codec_errors(cod
 
 @pytest.mark.parametrize("codec", CODECS, ids=[repr(variant) for variant in CODEC_VARIANTS])
 def test_every_truncation_is_refused(codec: Codec) -> None:
-    packet, _ = codec.encode(torch.randn(3, 5, generator=torch.Generator().manual_seed(1)), codec.init())
+    packet, _ = codec.encode(torch.randn(3, 5, generator=torch_stream(1, "truncation")), codec.init())
     whole = packet.header() + bytes(packet.payload)
     for end in range(len(whole)):
         with pytest.raises(CodecError):

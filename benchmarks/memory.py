@@ -1,0 +1,92 @@
+"""Peak memory: federated split training and unsplit stock PEFT, and a client that holds only its own blocks.
+
+Every figure comes from a process of its own (memory_child.py): the peak of its resident memory while it trains, less what it held with
+the libraries imported and nothing built. Building is left out of the peak where the system can reset it (Linux).
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+CLIENT_MODEL = "gpt2-small"
+WORDS = {"peft": "PEFT, unsplit, whole model", "cohort": "all clients and the server in one process", "client": "a client with 2 blocks"}
+
+
+@dataclass(frozen=True)
+class Scope:
+    models: tuple[str, ...] = ("embedded", "gpt2-small")
+    dtypes: tuple[str, ...] = ("float32",)
+    clients: tuple[int, ...] = (1, 4, 16)
+    tokens: int = 128
+    steps: int = 2
+    client_model: str = CLIENT_MODEL
+
+
+QUICK = Scope(models=("embedded",), clients=(1, 4), tokens=64, steps=1, client_model="tiny")
+
+
+def child(kind: str, model: str, dtype: str, clients: int, scope: Scope, folder: str = "") -> dict[str, Any]:
+    """What one process held."""
+    given = {"kind": kind, "model": model, "dtype": dtype, "clients": clients, "tokens": scope.tokens, "steps": scope.steps, "folder": folder}
+    command = [sys.executable, "-m", "benchmarks.memory_child", json.dumps(given)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise RuntimeError(f"{kind} on {model} with {clients} clients failed:\n{done.stderr[-2000:]}")
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def measure(scope: Scope, say: Callable[[str], None]) -> list[dict[str, Any]]:
+    rows = []
+    for model in scope.models:
+        for dtype in scope.dtypes:
+            for clients in scope.clients:
+                for kind in ("peft", "cohort"):
+                    rows.append(child(kind, model, dtype, clients, scope) | {"group": "training"})
+                    say(f"{model} {dtype}, {clients} x {scope.tokens}, {kind}: {_megabytes(rows[-1]['training_peak_bytes'])} MB")
+    for dtype in scope.dtypes:
+        with tempfile.TemporaryDirectory() as folder:
+            child("save", scope.client_model, dtype, 1, scope, folder)
+            for kind in ("peft", "client"):
+                rows.append(child(kind, scope.client_model, dtype, 1, scope, folder) | {"group": "client"})
+                say(f"{scope.client_model} {dtype}, {WORDS[kind]}: {_megabytes(rows[-1]['training_peak_bytes'])} MB")
+    return rows
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: peaks in training, then the client against the whole model."""
+    lines = ["Peak resident memory in training beyond interpreter and libraries, in MB:", ""]
+    lines += ["| model | weights | clients × tokens | PEFT, unsplit | cohort | ratio |", "|---|---|---|---:|---:|---:|"]
+    training = [row for row in rows if row["group"] == "training"]
+    for row in (row for row in training if row["kind"] == "peft"):
+        other = next(one for one in training if one["kind"] == "cohort" and _same(one, row))
+        peaks = row["training_peak_bytes"], other["training_peak_bytes"]
+        size = f"{row['clients']} × {row['tokens']}"
+        lines.append(
+            f"| {row['model']} | {row['dtype']} | {size} | {_megabytes(peaks[0])} | {_megabytes(peaks[1])} | **{peaks[1] / peaks[0]:.2f}** |"
+        )
+    lines += ["", "One device's process, weights read from a checkpoint, in MB:", ""]
+    lines += ["| process | model | weights | held after loading | peak in training |", "|---|---|---|---:|---:|"]
+    lines += [
+        f"| {WORDS[row['kind']]} | {row['model']} | {row['dtype']} | {_megabytes(row['built_bytes'])} | "
+        f"{_megabytes(row['training_peak_bytes'])} |"
+        for row in rows
+        if row["group"] == "client"
+    ]
+    return "\n".join(lines)
+
+
+def _same(first: dict[str, Any], second: dict[str, Any]) -> bool:
+    return all(first[name] == second[name] for name in ("model", "dtype", "clients", "tokens"))
+
+
+def _megabytes(value: int) -> str:
+    return f"{value / 1e6:,.0f}"

@@ -1,0 +1,5 @@
+"""`python -m splitft`."""
+
+from splitft.apps.cli import main
+
+main()
