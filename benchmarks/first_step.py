@@ -1,6 +1,6 @@
 """`splitft run` up to its first optimizer step: prints a line per stage and ends there. Started by startup.py, which reads the clock.
 
-    python -m benchmarks.first_step FIELD=VALUE...
+python -m benchmarks.first_step FIELD=VALUE...
 """
 
 from __future__ import annotations

@@ -25,17 +25,18 @@ class Scope:
     models: tuple[str, ...] = ("embedded", "gpt2-small")
     dtypes: tuple[str, ...] = ("float32",)
     clients: tuple[int, ...] = (1, 4, 16)
-    tokens: int = 128
+    sequence_tokens: int = 128
     steps: int = 2
     client_model: str = CLIENT_MODEL
 
 
-QUICK = Scope(models=("embedded",), clients=(1, 4), tokens=64, steps=1, client_model="tiny")
+QUICK = Scope(models=("embedded",), clients=(1, 4), sequence_tokens=64, steps=1, client_model="tiny")
 
 
 def child(kind: str, model: str, dtype: str, clients: int, scope: Scope, folder: str = "") -> dict[str, Any]:
     """What one process held."""
-    given = {"kind": kind, "model": model, "dtype": dtype, "clients": clients, "tokens": scope.tokens, "steps": scope.steps, "folder": folder}
+    case = {"model": model, "dtype": dtype, "clients": clients, "tokens": scope.sequence_tokens, "steps": scope.steps}
+    given = case | {"kind": kind, "folder": folder}
     command = [sys.executable, "-m", "benchmarks.memory_child", json.dumps(given)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode != 0:
@@ -51,7 +52,7 @@ def measure(scope: Scope, say: Callable[[str], None]) -> list[dict[str, Any]]:
             for clients in scope.clients:
                 for kind in ("peft", "cohort"):
                     rows.append(child(kind, model, dtype, clients, scope) | {"group": "training"})
-                    say(f"{model} {dtype}, {clients} x {scope.tokens}, {kind}: {_megabytes(rows[-1]['training_peak_bytes'])} MB")
+                    say(f"{model} {dtype}, {clients} x {scope.sequence_tokens}, {kind}: {_megabytes(rows[-1]['training_peak_bytes'])} MB")
     for dtype in scope.dtypes:
         with tempfile.TemporaryDirectory() as folder:
             child("save", scope.client_model, dtype, 1, scope, folder)
@@ -69,14 +70,18 @@ def table(rows: list[dict[str, Any]]) -> str:
     for row in (row for row in training if row["kind"] == "peft"):
         other = next(one for one in training if one["kind"] == "cohort" and _same(one, row))
         peaks = row["training_peak_bytes"], other["training_peak_bytes"]
-        size = f"{row['clients']} × {row['tokens']}"
-        lines.append(
-            f"| {row['model']} | {row['dtype']} | {size} | {_megabytes(peaks[0])} | {_megabytes(peaks[1])} | **{peaks[1] / peaks[0]:.2f}** |"
-        )
+        cells = [
+            row["model"],
+            row["dtype"],
+            f"{row['clients']} × {row['tokens']}",
+            *map(_megabytes, peaks),
+            f"**{peaks[1] / peaks[0]:.2f}**",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
     lines += ["", "One device's process, weights read from a checkpoint, in MB:", ""]
-    lines += ["| process | model | weights | held after loading | peak in training |", "|---|---|---|---:|---:|"]
+    lines += ["| process | model | type | weights | peak in training |", "|---|---|---|---:|---:|"]
     lines += [
-        f"| {WORDS[row['kind']]} | {row['model']} | {row['dtype']} | {_megabytes(row['built_bytes'])} | "
+        f"| {WORDS[row['kind']]} | {row['model']} | {row['dtype']} | {_megabytes(row['weight_bytes'])} | "
         f"{_megabytes(row['training_peak_bytes'])} |"
         for row in rows
         if row["group"] == "client"

@@ -8,6 +8,7 @@ The baseline is this process with every library imported and nothing built; all 
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import resource
 import sys
@@ -98,6 +99,12 @@ def client(case: Case, folder: str) -> Step:
     return train
 
 
+def weight_bytes() -> int:
+    """Bytes of all frozen weights in this process, tied ones once. Not the resident size: pages of a checkpoint come in when first read."""
+    found = {id(one): one.nbytes for one in gc.get_objects() if type(one) is torch.nn.Parameter and not one.requires_grad}
+    return sum(found.values())
+
+
 def save(case: Case, folder: str) -> Step:
     """Write the model for others to load; nothing is measured."""
     setups.build_model(case.model, case.dtype).save_pretrained(folder)
@@ -122,6 +129,7 @@ def main(given: str) -> dict[str, Any]:
     step()
     return case.facts() | {
         "kind": kind,
+        "weight_bytes": weight_bytes(),
         "baseline_bytes": baseline,
         "built_bytes": built - baseline,
         "build_peak_bytes": build_peak - baseline,

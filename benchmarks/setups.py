@@ -73,7 +73,7 @@ def build_model(name: str, dtype: str, attention: str = "sdpa") -> PreTrainedMod
     if name == "embedded":
         return load_model("embedded", config, DTYPES[dtype], attention)
     with torch.random.fork_rng(devices=[]):
-        torch.random.default_generator.manual_seed(0)
+        torch.manual_seed(0)
         model = build_random(config, attention)
     return model.to(DTYPES[dtype]).requires_grad_(False)
 
@@ -140,7 +140,5 @@ def with_codec(base: Federation, codec: Codec) -> Federation:
 
 def step_batches(base: Federation, steps: int) -> list[Tensor]:
     """The token ids [n t] that all clients train on in each step, in the order the federation draws them."""
-    return [
-        torch.from_numpy(np.concatenate([one.train.batch(order.indices(step))[0] for one, order in zip(base.clients, base.orders, strict=True)]))
-        for step in range(steps)
-    ]
+    drawn = list(zip(base.clients, base.orders, strict=True))
+    return [torch.from_numpy(np.concatenate([one.train.batch(order.indices(step))[0] for one, order in drawn])) for step in range(steps)]

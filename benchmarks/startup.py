@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.first_step import FIRST_STEP
+
 ROOT = Path(__file__).resolve().parents[1]
-FIRST_STEP = "first step"
 COMMANDS = {
     "python -c pass": ("-c", "pass"),
     "import splitft": ("-c", "import splitft"),
@@ -27,7 +28,7 @@ COMMANDS = {
 class Scope:
     repeats: int = 5
     commands: tuple[str, ...] = tuple(COMMANDS)
-    overrides: tuple[str, ...] = ()
+    overrides: tuple[str, ...] | None = ()  # None: only the commands
 
 
 QUICK = Scope(repeats=1, overrides=("data.max_documents=100",))
@@ -44,7 +45,8 @@ def first_step_seconds(overrides: tuple[str, ...]) -> dict[str, float]:
     """Seconds from the start of `splitft run` until each of its stages was announced, and until the first step was taken."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "benchmarks.first_step", f"run.folder={folder}", *overrides]
-        begin, found = time.perf_counter(), {}
+        found: dict[str, float] = {}
+        begin = time.perf_counter()
         with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
             assert process.stdout is not None
             for line in process.stdout:
@@ -63,6 +65,8 @@ def measure(scope: Scope, say: Callable[[str], None]) -> list[dict[str, Any]]:
         seconds = [command_seconds(COMMANDS[name]) for _ in range(scope.repeats)]
         rows.append({"what": name, "median_s": statistics.median(seconds), "seconds": seconds})
         say(f"{name}: {rows[-1]['median_s']:.2f} s")
+    if scope.overrides is None:
+        return rows
     first_step_seconds(scope.overrides)
     runs = [first_step_seconds(scope.overrides) for _ in range(scope.repeats)]
     seconds = [run[FIRST_STEP] for run in runs]
@@ -75,7 +79,7 @@ def measure(scope: Scope, say: Callable[[str], None]) -> list[dict[str, Any]]:
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown: seconds of each, and when the stages of a run begin."""
     lines = ["| what | seconds |", "|---|---:|", *(f"| {_code(row['what'])} | {row['median_s']:.2f} |" for row in rows)]
-    stages = next((row["stages"] for row in rows if "stages" in row), {})
+    stages: dict[str, float] = next((row["stages"] for row in rows if "stages" in row), {})
     if stages:
         lines += ["", "Of the last: " + ", ".join(f"{name} at {seconds:.1f} s" for name, seconds in stages.items()) + "."]
     return "\n".join(lines)

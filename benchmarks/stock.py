@@ -24,14 +24,13 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
 
 
-def adapted(model: PreTrainedModel) -> nn.Module:
+def adapted(model: PreTrainedModel) -> Any:
     """`model` as a stock PEFT model with the rank and targets every contestant has."""
     from peft import LoraConfig, get_peft_model
 
     quiet()
     config = LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules=list(TARGETS), fan_in_fan_out=True)
-    found: nn.Module = get_peft_model(model, config)
-    return found.train()
+    return get_peft_model(model, config).train()
 
 
 def trainable(modules: Iterable[nn.Module]) -> list[nn.Parameter]:
@@ -52,7 +51,8 @@ class Unsplit:
     """One adapter on the whole model; the tokens of all clients are one batch."""
 
     def __init__(self, model: PreTrainedModel, dtype: str) -> None:
-        self.model, self.dtype = adapted(model), dtype
+        self.model = adapted(model)
+        self.dtype = dtype
         self.parameters = trainable([self.model])
         self.optimizer = optimizer(self.parameters)
 
@@ -70,7 +70,7 @@ class Unsplit:
 class SequentialClient:
     """A client and the server's part for it, both stock PEFT: its own adapter on frozen weights shared with all others."""
 
-    def __init__(self, base: nn.Module, cut: int, dtype: str) -> None:
+    def __init__(self, base: Any, cut: int, dtype: str) -> None:
         frozen = {id(parameter): parameter for parameter in base.parameters() if not parameter.requires_grad}
         self.body: Any = copy.deepcopy(base, dict(frozen)).get_base_model()
         self.cut, self.dtype = cut, dtype

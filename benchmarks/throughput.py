@@ -97,7 +97,7 @@ def require_same_start(case: Case, losses: dict[str, float]) -> None:
     reference = losses[REFERENCE]
     for name, loss in losses.items():
         exact = case.dtype == "float32" and not name.endswith("cast")
-        if abs(loss - reference) > (1e-4 if exact else 1e-2) * reference:
+        if not abs(loss - reference) <= (1e-4 if exact else 1e-2) * reference:  # so that NaN fails
             raise RuntimeError(f"{name} starts from loss {loss:.6f}, {REFERENCE} from {reference:.6f}: they do not train the same thing.")
 
 
@@ -129,8 +129,8 @@ def measure(scope: Scope, say: Callable[[str], None]) -> list[dict[str, Any]]:
     for case in scope.cases():
         found = measure_case(case, scope.repeats)
         rows += found
-        speeds = ", ".join(f"{row['way']} {row['speed_to_peft']:.2f}" for row in found[1:])
-        say(f"{case.model} {case.dtype}, {case.clients} x {case.tokens}: peft {found[0]['tokens_per_s']:,.0f} tokens/s; as fast as it: {speeds}")
+        head = f"{case.model} {case.dtype}, {case.clients} x {case.tokens}: peft {found[0]['tokens_per_s']:,.0f} tokens/s"
+        say("; ".join([head, *(f"{row['way']} {row['speed_to_peft']:.2f} x" for row in found[1:])]))
     return rows
 
 

@@ -35,18 +35,18 @@ _SIZES: dict[str, Any] = {
 }
 
 
-def _sized(name: str, without: Sequence[str] = (), **fields: Any) -> tf.PreTrainedConfig:
+def _sized(name: str, without: Sequence[str] = (), **fields: Any) -> tf.PretrainedConfig:
     values = {key: value for key, value in {**_SIZES, **fields}.items() if key not in without}
     return getattr(tf, name)(**values)
 
 
-def _gpt(name: str, **fields: Any) -> tf.PreTrainedConfig:
+def _gpt(name: str, **fields: Any) -> tf.PretrainedConfig:
     return getattr(tf, name)(
         vocab_size=VOCABULARY, n_embd=32, n_layer=BLOCKS, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2, **fields
     )
 
 
-def _opt(**fields: Any) -> tf.PreTrainedConfig:
+def _opt(**fields: Any) -> tf.PretrainedConfig:
     return tf.OPTConfig(
         vocab_size=VOCABULARY,
         hidden_size=32,
@@ -59,7 +59,7 @@ def _opt(**fields: Any) -> tf.PreTrainedConfig:
     )
 
 
-FAMILIES: dict[str, Callable[[], tf.PreTrainedConfig]] = {
+FAMILIES: dict[str, Callable[[], tf.PretrainedConfig]] = {
     "gpt2": lambda: _gpt("GPT2Config"),
     "opt": lambda: _opt(word_embed_proj_dim=32),
     "opt-350m-layout": lambda: _opt(word_embed_proj_dim=16, do_layer_norm_before=False),

@@ -1,6 +1,6 @@
 """A run from Python: load a configuration, change it, watch the rounds, read the metrics, open the adapter with stock PEFT.
 
-    python examples/02_python/run.py [FIELD=VALUE]...
+Usage: python examples/02_python/run.py [FIELD=VALUE]...
 """
 
 from __future__ import annotations

@@ -122,6 +122,11 @@ class Layout:
         return row
 
 
+def wide(device: torch.device) -> torch.dtype:
+    """The type for sums over many values: float64 where the device has it (MPS has not)."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 class AdapterBank:
     """Adapters of n clients with their gradients: `values` and `gradients` [n p], float32 on `device`.
 
@@ -155,6 +160,14 @@ class AdapterBank:
 
     def zero_gradients(self) -> None:
         self.gradients.zero_()
+
+    def squared_norms(self) -> Tensor:
+        """Squared gradient norm of every row [n], float64 on the CPU."""
+        return self.gradients.square().sum(1, dtype=wide(self.gradients.device)).to("cpu", torch.float64)
+
+    def scale_gradients(self, factors: Tensor) -> None:
+        """Multiply the gradients of every row by its factor [n]."""
+        self.gradients.mul_(factors.to(self.gradients.dtype).to(self.gradients.device)[:, None])
 
     def add(self, key: Key, base_output: Tensor, inputs: Tensor, rows: Tensor | None, sessions: int) -> Tensor:
         """base_output [.. o] plus the low-rank update of inputs [.. i], whose rows belong in equal runs to `sessions` sessions.

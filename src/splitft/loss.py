@@ -122,5 +122,5 @@ def training_loss(hidden: Tensor, targets: Targets, row_weight: Tensor, head: nn
     """
     chosen = hidden.reshape(-1, hidden.shape[-1]).index_select(0, targets.positions)
     loss, losses = ChunkedCrossEntropy.apply(chosen, row_weight[targets.row], targets.labels, head, anatomy)  # type: ignore[no-untyped-call]
-    sums = torch.zeros(targets.rows, dtype=torch.float64, device=hidden.device)
-    return loss, sums.index_add_(0, targets.row, losses.double())
+    sums = torch.zeros(targets.rows, dtype=torch.float64)
+    return loss, sums.index_add_(0, targets.row.cpu(), losses.cpu().double())

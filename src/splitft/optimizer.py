@@ -60,8 +60,8 @@ class AdamW:
         moments.first.lerp_(gradients, 1.0 - self.beta1)
         moments.second.mul_(self.beta2).addcmul_(gradients, gradients, value=1.0 - self.beta2)
         steps = moments.steps.to(torch.float64)
-        step_size = (rate / (1.0 - self.beta1**steps)).to(values.device, torch.float32)[:, None]
-        root = (1.0 - self.beta2**steps).sqrt().to(values.device, torch.float32)[:, None]
+        step_size = (rate / (1.0 - self.beta1**steps)).to(torch.float32).to(values.device)[:, None]
+        root = (1.0 - self.beta2**steps).sqrt().to(torch.float32).to(values.device)[:, None]
         denominator = (moments.second.sqrt() / root).add_(self.epsilon)
         values.sub_(moments.first / denominator * step_size)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from splitft.errors import ModelError
 from splitft.models.anatomy import block_count, find_blocks, find_head
@@ -24,7 +24,7 @@ TOLERANCE = 1e-4
 SHARED_STATE = ("num_kv_shared_layers", "hidden_size_per_layer_input", "num_nextn_predict_layers_shared")
 
 
-def refuse_unsupported(config: PreTrainedConfig, name: str) -> None:
+def refuse_unsupported(config: PretrainedConfig, name: str) -> None:
     """ModelError for what is known not to be a chain of blocks with one state between them."""
     if config.is_encoder_decoder:
         raise ModelError(f"{name} is an encoder-decoder ({config.model_type}).", "splitft splits decoder-only causal language models.")
@@ -37,7 +37,7 @@ def refuse_unsupported(config: PreTrainedConfig, name: str) -> None:
             )
 
 
-def shrink(config: PreTrainedConfig) -> PreTrainedConfig:
+def shrink(config: PretrainedConfig) -> PretrainedConfig:
     """The same family with a few blocks, narrow widths and a small vocabulary; per-block lists are cut to length."""
     small = copy.deepcopy(config)
     text = small.get_text_config()
@@ -92,7 +92,7 @@ def shrink(config: PreTrainedConfig) -> PreTrainedConfig:
     return small
 
 
-def _set(config: PreTrainedConfig, name: str, value: Any) -> None:
+def _set(config: PretrainedConfig, name: str, value: Any) -> None:
     """Set a field through the family's own name for it; drop it silently where the family computes it (GPT-Neo's layer count)."""
     try:
         setattr(config, name, value)
@@ -100,7 +100,7 @@ def _set(config: PreTrainedConfig, name: str, value: Any) -> None:
         return
 
 
-def without_dropout(config: PreTrainedConfig) -> PreTrainedConfig:
+def without_dropout(config: PretrainedConfig) -> PretrainedConfig:
     """The configuration with every dropout rate at zero: split and unsplit would otherwise draw different masks."""
     clean = copy.deepcopy(config)
     for part in {id(clean): clean, id(clean.get_text_config()): clean.get_text_config()}.values():
@@ -110,14 +110,14 @@ def without_dropout(config: PreTrainedConfig) -> PreTrainedConfig:
     return clean
 
 
-def inspect_family(config: PreTrainedConfig, name: str, attention: str = "sdpa") -> Anatomy:
-    """The anatomy of the family, after the self-check. Takes 0.1 to 0.5 s; no weights are needed.
+def inspect_family(config: PretrainedConfig, name: str, attention: str = "sdpa", prove: bool = True) -> Anatomy:
+    """The anatomy of the family, after the self-check unless `prove` is off. Takes 0.1 to 0.5 s; no weights are needed.
 
     Raises ModelError naming what was found when the model is not supported or a cut would change its results.
     """
     refuse_unsupported(config, name)
     try:
-        return _inspect(shrink(without_dropout(config)), name, attention)
+        return _inspect(shrink(without_dropout(config)), name, attention, prove)
     except ModelError:
         raise
     except Exception as problem:
@@ -127,7 +127,7 @@ def inspect_family(config: PreTrainedConfig, name: str, attention: str = "sdpa")
         ) from problem
 
 
-def _inspect(config: PreTrainedConfig, name: str, attention: str) -> Anatomy:
+def _inspect(config: PretrainedConfig, name: str, attention: str, prove: bool) -> Anatomy:
     with torch.random.fork_rng(devices=[]):
         model = loud(build_random(config, attention))
         ids = torch.randint(1, config.get_text_config().vocab_size, (3, TINY_TOKENS))
@@ -151,7 +151,7 @@ def _inspect(config: PreTrainedConfig, name: str, attention: str) -> Anatomy:
     _require_causal(model, ids, name)
     kind, value = _after_head(config, raw, logits, name)
     anatomy = Anatomy(blocks_path, head_path, isinstance(seen["output"], tuple), kind, value)
-    return _prove(model, anatomy, ids, whole, name)
+    return _prove(model, anatomy, ids, whole, name) if prove else anatomy
 
 
 def _require_causal(model: PreTrainedModel, ids: Tensor, name: str) -> None:
@@ -166,7 +166,7 @@ def _require_causal(model: PreTrainedModel, ids: Tensor, name: str) -> None:
         )
 
 
-def build_random(config: PreTrainedConfig, attention: str) -> PreTrainedModel:
+def build_random(config: PretrainedConfig, attention: str) -> PreTrainedModel:
     """A model with random weights from its configuration, in evaluation mode; falls back to eager attention where sdpa is not offered."""
     try:
         model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
@@ -190,7 +190,7 @@ def loud(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def _after_head(config: PreTrainedConfig, raw: Tensor, logits: Tensor, name: str) -> tuple[AfterHead, float]:
+def _after_head(config: PretrainedConfig, raw: Tensor, logits: Tensor, name: str) -> tuple[AfterHead, float]:
     """Which known step turns the head's output into the logits."""
     text = config.get_text_config()
     candidates: list[tuple[AfterHead, float]] = [("nothing", 1.0)]

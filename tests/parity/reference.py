@@ -77,7 +77,7 @@ def rates(federation: Federation, count: int) -> list[float]:
 
 
 def train_client(federation: Federation, model: torch.nn.Module, plan: Plan, first_batch: int, first_step: int) -> tuple[list[float], int]:
-    """The client's local steps in place; the loss of each step and the tokens seen. A plain PyTorch loop."""
+    """The client's local steps in place; the loss of each step and the tokens trained on. A plain PyTorch loop."""
     settings, parameters = federation.settings, [p for p in model.parameters() if p.requires_grad]
     own = settings.optimizer
     optimizer = torch.optim.AdamW(parameters, lr=1.0, betas=(own.beta1, own.beta2), eps=own.epsilon, weight_decay=own.weight_decay)
@@ -99,7 +99,7 @@ def train_client(federation: Federation, model: torch.nn.Module, plan: Plan, fir
             )
             loss.backward()
             step_loss += loss.item()
-            tokens += int(mask.sum())
+        tokens += total
         if settings.clip_norm > 0:
             torch.nn.utils.clip_grad_norm_(parameters, settings.clip_norm)
         for group in optimizer.param_groups:

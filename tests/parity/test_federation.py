@@ -42,7 +42,7 @@ def run(
     history, ledgers = [], []
     for index, chosen in enumerate(rounds, 1):
         result = executor.train(RoundPlan(index, tuple(chosen)), first_step, current, states, lambda count: None)
-        updates = Updates(tuple(one.client for one in result.plans), tuple(result.tokens), result.values, fed.layout)
+        updates = Updates(tuple(one.client for one in result.plans), tuple(result.targets), result.values, fed.layout)
         current, _ = Average().merge(current, updates, {})
         states.update(result.states)
         history.append(result.step_losses)
@@ -193,7 +193,7 @@ def test_aggregation_that_ignores_weights_would_be_caught() -> None:
     chosen = plans([1, 2, 3])
     expected, _ = federated(fed, "gpt2", start, [chosen])
     result = CohortExecutor(fed).train(RoundPlan(1, tuple(chosen)), 0, start, {}, lambda count: None)
-    assert len(set(result.tokens)) > 1, "the clients must differ in tokens for this test to mean anything"
+    assert len(set(result.targets)) > 1, "the clients must differ in tokens for this test to mean anything"
     unweighted = result.values.double().mean(0).float()
     with pytest.raises(AssertionError):
         close(unweighted, expected, start)
@@ -205,3 +205,14 @@ def test_lossy_codec_changes_numbers_so_the_wire_is_a_wire() -> None:
     first, second = (run(fed, "cohort", start, [plans([1, 2, 3])])[1] for fed in (exact, rounded))
     difference = (torch.tensor(first) - torch.tensor(second)).abs().max()
     assert 0 < difference < 0.05
+
+
+@pytest.mark.parametrize("name", ["cohort", "workers"])
+def test_bfloat16_base_trains_close_to_float32(name: str) -> None:
+    exact, narrow = federation(), federation()
+    narrow.split.model.bfloat16()
+    start = exact.layout.initial_row(1)
+    expected = torch.tensor(run(exact, name, start, [plans([1, 2, 3])] * 2)[1])
+    found = torch.tensor(run(narrow, name, start, [plans([1, 2, 3])] * 2)[1])
+    torch.testing.assert_close(found, expected, rtol=0.03, atol=0.03)
+    assert (found - expected).abs().max() > 0, "bfloat16 must show"

@@ -90,7 +90,7 @@ def test_an_adapter_made_by_stock_peft_gives_the_same_logits_here(family: str, r
         fan_in_fan_out=family == "gpt2", init_lora_weights=False,
     )  # fmt: skip
     reference = get_peft_model(build(family), config)
-    reference.save_pretrained(tmp_path / "adapter")
+    reference.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
     stored = read_adapter(tmp_path / "adapter", split.anatomy.blocks_path)
     layout = stored.layout(split.keys_of_all())
     split.adapt(list(layout.by_key))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
+from splitft.apps.console import prepare_process
 from splitft.config import RunConfig, load_config, override
 from splitft.errors import CheckpointError, ConfigError
 
@@ -22,10 +24,14 @@ def open_run(config: Source = None, overrides: Sequence[str] = (), *, resume: bo
     saved there. `overrides` read as on the command line. `resume` continues a run after its last committed round: True the one in
     the folder that `config` names, a path the one in that folder. Raises ConfigError with every fault of the configuration and for
     a new run whose folder is taken, CheckpointError for a folder that holds no run, and the errors of model and data.
+
+    Where torch is not imported yet, the environment variables that set its threads are set as on the command line, so that a run from
+    Python has the same speed and the same numbers.
     """
     settled = _settle(config, overrides, resume)
     folder = _folder(settled, resume)
-    # Late: this brings torch.
+    if "torch" not in sys.modules:
+        prepare_process(settled.engine.threads)
     from splitft.apps.session import FederatedRun
 
     return FederatedRun(settled, folder)

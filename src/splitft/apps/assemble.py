@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from splitft import catalog
 from splitft.adapt.base import Policy
@@ -60,7 +60,7 @@ class Components:
 class Base:
     """The base model of a run: configuration, tokenizer, anatomy, dtype and attention that will be used."""
 
-    config: PreTrainedConfig
+    config: PretrainedConfig
     tokenizer: PreTrainedTokenizerBase
     anatomy: Anatomy
     dtype: torch.dtype
@@ -132,7 +132,7 @@ def load_base(config: RunConfig) -> Base:
     model_config = load_model_config(config.model.path, config.model.revision)
     tokenizer = load_tokenizer(config.model.path, config.model.revision)
     attention: str = config.model.attention
-    anatomy = inspect_family(model_config, config.model.path, attention)
+    anatomy = inspect_family(model_config, config.model.path, attention, config.model.self_check)
     if dtype == torch.bfloat16 and device.type == "cpu" and attention == "sdpa":
         attention = register_attention()
     text = model_config.get_text_config()

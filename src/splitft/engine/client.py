@@ -60,7 +60,7 @@ class Client:
         end = round_end_frame(
             self.client,
             self.start.round,
-            self.tokens,
+            self.targets,
             squared,
             sum(self.step_losses),
             take(self.bank.values[0].cpu(), self.columns),
@@ -104,10 +104,9 @@ class Client:
             server_squared = result.squared_norm
             self.tokens += batch.tokens[0]
         self.targets += normaliser
-        own = self.bank.gradients.square().sum(1, dtype=torch.float64).cpu()
+        own = self.bank.squared_norms()
         if start.clip_norm > 0:
-            factor = clip_factor(own + server_squared, start.clip_norm)
-            self.bank.gradients.mul_(factor.to(self.bank.gradients.dtype).to(federation.device)[:, None])
+            self.bank.scale_gradients(clip_factor(own + server_squared, start.clip_norm))
         federation.settings.optimizer.step(self.bank.values, self.bank.gradients, self.moments, start.rates[step])
         self.step_losses.append(loss_sum / normaliser)
         return float(own[0])

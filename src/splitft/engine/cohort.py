@@ -184,11 +184,11 @@ class _Cohort:
     def _optimize(self, step: int) -> Tensor:
         """Clip each client by its own global norm and take an optimizer step; the clients' part of the squared norm [n]."""
         settings, bank = self.federation.settings, self.bank
-        squared = bank.gradients.square().sum(1, dtype=torch.float64)
+        squared = bank.squared_norms()
         if settings.clip_norm > 0:
-            bank.gradients.mul_(clip_factor(squared, settings.clip_norm).to(bank.gradients.dtype)[:, None])
+            bank.scale_gradients(clip_factor(squared, settings.clip_norm))
         settings.optimizer.step(bank.values, bank.gradients, self.moments, settings.schedule.rate(step))
-        return squared.cpu()
+        return squared
 
     def _receive(self, adapters: Tensor) -> None:
         """Every client starts from the global adapters; its own blocks' part arrives as a message."""
@@ -210,7 +210,7 @@ class _Cohort:
         for k, plan in enumerate(self.plans):
             columns = self.ownership[k].client_columns(layout)
             own = take(values[k], columns)
-            frame = round_end_frame(plan.client, self.round, tokens[k], float(squared[k]), sum(losses[k]), own, settings.adapter_codec)
+            frame = round_end_frame(plan.client, self.round, targets[k], float(squared[k]), sum(losses[k]), own, settings.adapter_codec)
             self.ledger.add_frame(plan.client, "up", frame)
             self.ledger.add_frame(
                 plan.client, "down", round_frame(Type.ROUND_ACCEPTED, RoundAccepted(round=self.round, client=plan.client))

@@ -96,4 +96,4 @@ def _batch(
         targets = Targets.of(batch.labels)
         picked = hidden.reshape(-1, hidden.shape[-1]).index_select(0, targets.positions)
         losses, right = token_losses(picked, split.logits, targets.labels, split.model.config.get_text_config().vocab_size)
-    return losses.double().cpu().numpy(), right.cpu().numpy(), targets.row.cpu().numpy()
+    return losses.cpu().double().numpy(), right.cpu().numpy(), targets.row.cpu().numpy()

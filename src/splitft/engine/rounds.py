@@ -103,7 +103,7 @@ def one_round(run: Run) -> RoundRecord:
     result = run.executor.train(plan, (index - 1) * rules.local_steps, state.adapters, state.clients, run.on_step)
 
     run.on_stage("aggregate")
-    updates = Updates(tuple(one.client for one in result.plans), tuple(result.tokens), result.values, run.federation.layout)
+    updates = Updates(tuple(one.client for one in result.plans), tuple(result.targets), result.values, run.federation.layout)
     adapters, memory = run.aggregator.merge(state.adapters, updates, state.aggregator)
     timing = virtual_time(run, result.plans, state.virtual_s)
 

@@ -17,7 +17,7 @@ from splitft.engine.client import packet_of, spread
 from splitft.engine.exchange import Ownership, decode_vector, packet_bytes, put
 from splitft.engine.settings import ClientState, Federation, load_moments
 from splitft.errors import ProtocolError
-from splitft.lora import AdapterBank
+from splitft.lora import AdapterBank, wide
 from splitft.loss import Targets, training_loss
 from splitft.messages import Frame, RoundAccepted, RoundEnd, StepFields, Type, decode, round_frame, step_frame
 from splitft.optimizer import clip_factor
@@ -229,7 +229,7 @@ class Server:
             assert leaf.grad is not None
             packet, session.downlink.sender = session.downlink.codec.encode(_tokens(leaf.grad, arrival), session.downlink.sender)
             columns = session.ownership.server_columns(self.federation.layout)
-            session.step_gradient = float(self.bank.gradients[session.row, columns].square().sum(dtype=torch.float64))
+            session.step_gradient = float(self.bank.gradients[session.row, columns].square().sum(dtype=wide(self.bank.gradients.device)))
             session.due = True
             fields = arrival.fields.with_result(loss_sum, session.step_gradient)
             replies.append((session.client, step_frame(Type.STEP_DOWN, fields, (), (packet_bytes(packet),)).encode()))

@@ -61,7 +61,10 @@ class Federation:
 
 @dataclass
 class RoundResult:
-    """What a round's training gave, in client order: adapters [n p] and trained tokens [n], mean loss of each step, bytes."""
+    """What a round's training gave, in client order: adapters [n p], mean loss of each step, bytes.
+
+    `tokens` [n] went through the model; `targets` [n] were trained on (prompts and padding are not) and weigh the average.
+    """
 
     plans: tuple[Plan, ...]
     values: Tensor

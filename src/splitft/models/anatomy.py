@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from splitft.errors import AdapterError, ModelError
@@ -14,7 +14,7 @@ EXPERT_WORDS = ("experts", "expert")
 ROUTER_WORDS = ("gate", "router", "shared_expert_gate", "mlp_gate")
 
 
-def block_count(config: PreTrainedConfig) -> int:
+def block_count(config: PretrainedConfig) -> int:
     """Number of transformer blocks the configuration declares."""
     return int(config.get_text_config().num_hidden_layers)
 
@@ -117,7 +117,7 @@ def describe(model: PreTrainedModel, name: str) -> ModelShape:
     )
 
 
-def _block_shape(block: nn.Module, config: PreTrainedConfig) -> BlockShape:
+def _block_shape(block: nn.Module, config: PretrainedConfig) -> BlockShape:
     """Parameters of one block; of a mixture of experts only the chosen share is active for a token."""
     total = expert = 0
     for name, parameter in block.named_parameters():

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from splitft.errors import ModelError
@@ -73,7 +73,7 @@ def quiet_transformers() -> Iterator[None]:
         transformers_logging.set_verbosity(before)
 
 
-def load_model_config(path: str, revision: str = "") -> PreTrainedConfig:
+def load_model_config(path: str, revision: str = "") -> PretrainedConfig:
     """The model's configuration. Raises ModelError when it cannot be read."""
     from splitft.selfcheck import without_dropout
 
@@ -104,7 +104,7 @@ def load_tokenizer(path: str, revision: str = "") -> PreTrainedTokenizerBase:
 
 def load_model(
     path: str,
-    config: PreTrainedConfig,
+    config: PretrainedConfig,
     dtype: torch.dtype = torch.float32,
     attention: str = "sdpa",
     blocks: Sequence[int] | None = None,
@@ -138,7 +138,7 @@ def load_model(
     return model.eval()
 
 
-def causal_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+def causal_class(config: PretrainedConfig) -> type[PreTrainedModel]:
     """The causal LM class of a configuration; ModelError when the family has none."""
     mapping = AutoModelForCausalLM._model_mapping
     if type(config) not in mapping:
@@ -149,7 +149,7 @@ def causal_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
 def _partial(cls: type[PreTrainedModel], owned: frozenset[int], needs_exit: bool) -> type[PreTrainedModel]:
     """The class with other sides' blocks (and the head, unless needed) left out at construction."""
 
-    def build(self: Any, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
+    def build(self: Any, config: PretrainedConfig, *args: Any, **kwargs: Any) -> None:
         cls.__init__(self, config, *args, **kwargs)
         _, blocks = find_blocks(self, block_count(config))
         for index, block in enumerate(list(blocks)):
