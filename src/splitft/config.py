@@ -85,7 +85,8 @@ class ModelSection(Section):
     path: str = Field("embedded", min_length=1, description='Folder of a Hugging Face checkpoint, name on the hub, or "embedded".')
     revision: str = Field("", description="Branch, tag or commit on the hub; empty is the newest.")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description='Type of the frozen weights; "auto" measures what this device does fastest. Adapters are always float32.'
+        "auto",
+        description='Type of the frozen weights; "auto": bfloat16 on GPUs and CPUs with matrix units, else float32. Adapters: float32.',
     )
     attention: Literal["sdpa", "eager"] = Field("sdpa", description="Attention implementation of transformers.")
     self_check: bool = Field(
@@ -100,9 +101,11 @@ class LoraSection(Section):
     rank: Annotated[int, Field(ge=1, le=4096)] = Field(8, description="Rank of the adapters.")
     alpha: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = Field(16.0, description="The update is scaled by alpha / rank.")
     targets: Annotated[Literal["default", "all"] | tuple[str, ...], BeforeValidator(_lora_targets)] = Field(
-        "default", description='Adapted projections: "default" as PEFT chooses them, "all", or a list of module names.'
+        "default", description='Adapted projections of a block: "default" (those of the attention), "all", or a list of names.'
     )
-    adapter: str = Field("", description="Folder of a PEFT adapter to start from; empty starts from zero.")
+    adapter: str = Field(
+        "", description="Folder of a PEFT adapter to start from (its own rank, alpha and modules count then); empty starts from zero."
+    )
 
 
 class TokensSection(Section):
@@ -162,19 +165,23 @@ class EvaluateSection(Section):
 
     every_rounds: Count = Field(1, description="Rounds between evaluations.")
     batch_size: Count = Field(8, description="Rows of an evaluation batch.")
-    max_rows: CountOrZero = Field(0, description="Most held-out rows of each client; 0 takes all.")
+    max_rows: CountOrZero = Field(0, description="Most held-out rows of each client and of the common slice; 0 takes all.")
 
 
 class EngineSection(Section):
     """What computes."""
 
     name: Literal["cohort", "workers"] = Field(
-        "cohort", description='"cohort" computes many clients in one batched pass; "workers" one process per client.'
+        "cohort",
+        description='"cohort" computes many clients in one batched pass; "workers" lets client and server objects exchange messages.',
     )
     cohort_size: CountOrZero = Field(0, description="Clients in one pass; 0 chooses by memory.")
     device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description='Device; "auto" takes CUDA, then MPS, then the processor.')
     threads: Annotated[int, Field(ge=0, le=1024)] = Field(0, description="Threads of one process; 0 takes the cores this process may use.")
-    deterministic: bool = Field(True, description="Refuse operations whose result depends on timing.")
+    deterministic: bool = Field(
+        True,
+        description="Results do not depend on batching or thread count: workers get a server pass each, resume needs the same threads.",
+    )
 
 
 class RunSection(Section):

@@ -195,9 +195,7 @@ def assemble(config: RunConfig, on_stage: OnStage = lambda name: None) -> Assemb
     orders = tuple(BatchOrder(len(one.train), settings.batch_size, config.seed, one.client) for one in data.clients)
     federation = Federation(split, layout, data.clients, orders, settings, shape.vocabulary, base.device)
     profiles, server = device_profiles(config, len(data.clients))
-    costs = tuple(
-        cost_model(config, shape, server, components, layout, base, math.ceil(one.train.lengths.mean())) for one in data.clients
-    )
+    costs = tuple(cost_model(config, shape, server, components, layout, base, math.ceil(one.train.lengths.mean())) for one in data.clients)
     executor: Executor = (
         CohortExecutor(federation, config.engine.cohort_size)
         if config.engine.name == "cohort"

@@ -144,7 +144,7 @@ def require_same(saved: dict[str, Any], now: dict[str, Any], folder: Path) -> No
     for name, value in now.items():
         if saved.get(name) != value:
             remedies = {
-                "threads": f"resume with engine.threads={saved.get('threads')}, or give up bit-for-bit equality with engine.deterministic=false.",
+                "threads": f"resume with engine.threads={saved.get('threads')}, or with engine.deterministic=false, not bit for bit.",
                 "data": "the texts or the partition have changed; restore them, or start a new run.",
                 "model": "the base model's weights have changed; restore them, or start a new run.",
             }
