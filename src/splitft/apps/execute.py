@@ -70,7 +70,7 @@ class Display:
             parts.append(f"{record.training['virtual_end_s']:.1f} virtual s, {record.training['wall_s']:.1f} s")
         else:
             parts.append("(before training)")
-        self.progress.console.print("  ".join(parts), highlight=False)
+        self.progress.console.print("  ".join(parts), highlight=False, soft_wrap=True)
 
 
 def execute(config: RunConfig, *, resume: Path | None = None, quiet: bool = False) -> Path:

@@ -1,0 +1,90 @@
+"""apps/export.py: the adapter of a run's newest checkpoint, or the merged model, into a new folder; refusals write nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import transformers as tf
+from safetensors.torch import load_file
+
+from splitft.apps.export import export
+from splitft.apps.session import FederatedRun
+from splitft.config import override
+from splitft.engine import checkpoint
+from splitft.errors import AdapterError, CheckpointError, ConfigError
+from splitft.peft_format import WEIGHTS, merge_into, read_adapter
+
+from ..tiny_run import tiny_config
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FederatedRun]:
+    """Two rounds of two clients, stopped without finishing: export needs a checkpoint only."""
+    folder = tmp_path_factory.mktemp("export")
+    opened = FederatedRun(tiny_config(folder, rounds=2, clients={"count": 2}, policy={"name": "fixed", "cuts": [1, 2]}))
+    for _ in opened.rounds():
+        pass
+    yield opened
+    opened.close()
+
+
+def test_the_exported_adapter_is_that_of_the_newest_checkpoint(run: FederatedRun, tmp_path: Path) -> None:
+    folder = export(run.folder, tmp_path / "adapter")
+    found = read_adapter(folder, run.assembly.base.anatomy.blocks_path)
+    layout = run.assembly.federation.layout
+    assert found.layout(dict(run.assembly.federation.split.keys)) == layout
+    assert torch.equal(layout.row(found.factors), checkpoint.load(checkpoint.newest(run.folder)).adapters)
+
+
+def test_the_merged_model_opens_in_transformers_and_holds_the_update(run: FederatedRun, tmp_path: Path) -> None:
+    folder = export(run.folder, tmp_path / "merged", merged=True)
+    found = tf.AutoModelForCausalLM.from_pretrained(folder)
+    wanted = tf.AutoModelForCausalLM.from_pretrained(run.config.model.path)
+    layout, path = run.assembly.federation.layout, run.assembly.base.anatomy.blocks_path
+    before = {name: tensor.clone() for name, tensor in wanted.state_dict().items()}
+    merge_into(wanted, layout, run.state.adapters, path)
+    changed = {name for name, tensor in wanted.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed
+    assert len(changed) == len(layout.entries)
+    for name, tensor in found.state_dict().items():
+        assert torch.equal(tensor, wanted.state_dict()[name].to(tensor.dtype)), name
+    assert tf.AutoTokenizer.from_pretrained(folder)("abc").input_ids == run.assembly.base.tokenizer("abc").input_ids
+
+
+def test_a_folder_with_something_in_it_is_left_alone(run: FederatedRun, tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("keep")
+    for target in (tmp_path, tmp_path / "mine"):
+        with pytest.raises(ConfigError, match="exists and is not empty") as caught:
+            export(run.folder, target)
+        assert "nothing was written" in caught.value.remedy
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+    assert (tmp_path / "mine").read_text() == "keep"
+
+
+def test_an_empty_folder_may_be_filled(run: FederatedRun, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    assert set(load_file(export(run.folder, tmp_path / "empty") / WEIGHTS))
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_what_is_no_run_folder_or_has_no_checkpoint_is_refused(run: FederatedRun, tmp_path: Path, merged: bool) -> None:
+    with pytest.raises(CheckpointError, match="is not a run folder"):
+        export(tmp_path / "nothing", tmp_path / "out", merged)
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    (bare / "config.toml").write_bytes((run.folder / "config.toml").read_bytes())
+    with pytest.raises(CheckpointError, match="has no checkpoint"):
+        export(bare, tmp_path / "out", merged)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_configuration_that_was_edited_afterwards_is_noticed(run: FederatedRun, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    (copy / "checkpoints").symlink_to(run.folder / "checkpoints")
+    (copy / "config.toml").write_text(override(run.config, ["lora.rank=5"]).to_toml())
+    with pytest.raises(AdapterError, match=r"checkpoint holds \d+ adapter parameters, the configuration gives \d+"):
+        export(copy, tmp_path / "out")
