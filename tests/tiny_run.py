@@ -12,7 +12,25 @@ from splitft.config import RunConfig, parse_config
 from .data_tokenizer import byte_tokenizer
 from .support import build_sized
 
-WORDS = "round client server cut layer adapter rank token loss gradient block model train share private data split".split()
+WORDS = [
+    "round",
+    "client",
+    "server",
+    "cut",
+    "layer",
+    "adapter",
+    "rank",
+    "token",
+    "loss",
+    "gradient",
+    "block",
+    "model",
+    "train",
+    "share",
+    "private",
+    "data",
+    "split",
+]
 
 
 def model_folder(folder: Path, family: str = "gpt2") -> Path:

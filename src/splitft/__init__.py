@@ -7,11 +7,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from splitft.apps.api import open_run, run
+    from splitft.apps.api import load_config, open_run, run, write_report
     from splitft.apps.demo import demo_config
-    from splitft.apps.report import write_report
     from splitft.apps.session import FederatedRun
-    from splitft.config import RunConfig, load_config, parse_config
+    from splitft.config import RunConfig, parse_config
     from splitft.errors import SplitftError
 
 __version__ = "0.1.0"
@@ -34,11 +33,11 @@ _HOME = {
     "RunConfig": "splitft.config",
     "SplitftError": "splitft.errors",
     "demo_config": "splitft.apps.demo",
-    "load_config": "splitft.config",
+    "load_config": "splitft.apps.api",
     "open_run": "splitft.apps.api",
     "parse_config": "splitft.config",
     "run": "splitft.apps.api",
-    "write_report": "splitft.apps.report",
+    "write_report": "splitft.apps.api",
 }
 
 

@@ -180,7 +180,7 @@ class EngineSection(Section):
     threads: Annotated[int, Field(ge=0, le=1024)] = Field(0, description="Threads of one process; 0 takes the cores this process may use.")
     deterministic: bool = Field(
         True,
-        description="Results do not depend on batching or thread count: workers get a server pass each, resume needs the same threads.",
+        description="Bit-for-bit repeatable: every worker gets a server pass of its own, and a run resumes only with as many threads.",
     )
 
 

@@ -41,6 +41,9 @@ class ConfigError(SplitftError):
         super().__init__(message, remedy)
         self.problems = problems
 
+    def __str__(self) -> str:
+        return " ".join((self.message, *(f"[{problem}]" for problem in self.problems), self.remedy)).strip()
+
 
 class DataError(SplitftError):
     """A data file cannot be read or divided as asked."""

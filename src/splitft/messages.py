@@ -157,7 +157,7 @@ class Frame:
         """The typed fields of a round message. Raises ProtocolError naming the field that is wrong."""
         try:
             return msgspec.msgpack.decode(self.fields, type=form)
-        except msgspec.MsgspecError as problem:
+        except (msgspec.MsgspecError, UnicodeDecodeError) as problem:
             raise ProtocolError(f"{self.kind.name}: {problem}.", _SAME_VERSION) from problem
 
 
@@ -189,6 +189,10 @@ def decode(data: bytes | memoryview, limit_bytes: int = MAX_FRAME_BYTES) -> Fram
         raise ProtocolError(f"not a splitft frame (starts with {bytes(magic)!r}).", "check the address: another program may be listening.")
     if kind not in Type._value2member_map_:
         raise ProtocolError(f"message type {kind} is unknown.", _SAME_VERSION)
+    if packets > len(PACKET_KINDS[Type(kind)]):
+        raise ProtocolError(
+            f"{Type(kind).name} names {packets} packets, it carries at most {len(PACKET_KINDS[Type(kind)])}.", _SAME_VERSION
+        )
     if fields_bytes > MAX_FIELDS_BYTES or body_bytes > limit_bytes or len(buffer) != FRAME_BYTES + body_bytes:
         raise ProtocolError(
             f"frame says {body_bytes} bytes ({fields_bytes} of fields), {len(buffer) - FRAME_BYTES} arrived.", _SAME_VERSION

@@ -61,6 +61,8 @@ def read_adapter(folder: Path, blocks_path: str) -> StoredAdapter:
         tensors = load_file(folder / WEIGHTS)
     except (OSError, ValueError, SafetensorError) as problem:
         raise AdapterError(f"lora.adapter: cannot read {folder}: {problem}.", f"the folder needs {CONFIG} and {WEIGHTS}.") from problem
+    if not isinstance(config, dict):
+        raise AdapterError(f"{folder / CONFIG} holds a {type(config).__name__}, not a table.", "use another checkpoint of the adapter.")
     if config.get("peft_type") != "LORA":
         raise AdapterError(f"{folder} holds a {config.get('peft_type')} adapter.", "only LoRA adapters can be used.")
     for name, plain in UNSUPPORTED.items():
@@ -87,12 +89,20 @@ def read_adapter(folder: Path, blocks_path: str) -> StoredAdapter:
 
 def _scale(config: dict[str, Any], module: str, rank: int) -> float:
     """alpha / rank (alpha / sqrt(rank) with rsLoRA) of one module, its own alpha where alpha_pattern names it."""
-    alpha = config["lora_alpha"]
-    for pattern, value in (config.get("alpha_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            alpha = value
-            break
-    return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    try:
+        alpha = config["lora_alpha"]
+        for pattern, value in (config.get("alpha_pattern") or {}).items():
+            if re.match(rf"(.*\.)?({pattern})$", module):
+                alpha = value
+                break
+        scale = float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError, re.error) as problem:
+        raise AdapterError(
+            f"{CONFIG}: lora_alpha or alpha_pattern is wrong: {problem!r}.", "use another checkpoint of the adapter."
+        ) from problem
+    if not math.isfinite(scale):
+        raise AdapterError(f"{CONFIG}: the scale of {module} is {scale}.", "use another checkpoint of the adapter.")
+    return scale
 
 
 def adapter_config(layout: Layout, blocks_path: str, base_model: str, transposed: bool) -> dict[str, Any]:

@@ -211,6 +211,7 @@ class SplitModel(nn.Module):
                 index, block if index in self.owned else None, block, self.holder, anatomy.returns_tuple, index == self.blocks - 1
             )
         parent, _, name = path.rpartition(".")
+        self.hidden_size = int(model.config.get_text_config().hidden_size)
         self.embedding_width = int(model.get_input_embeddings().weight.shape[1])
         setattr(model.get_submodule(parent), name, HeadSlot())
         self.head = head
@@ -252,6 +253,11 @@ class SplitModel(nn.Module):
         for module in self.model.modules():
             if isinstance(module, Slot):
                 module.checkpointing = enabled
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the frozen weights, and of the hidden states between blocks."""
+        return next(self.model.parameters()).dtype
 
     @contextmanager
     def _routed(self, route: Route) -> Iterator[None]:

@@ -20,7 +20,11 @@ from ..tiny_run import tiny_config
 HERE = Path(__file__).parent
 CASES: dict[str, dict[str, Any]] = {
     "cohort": {},
-    "workers-u-shape": {"engine": {"name": "workers"}, "split": {"labels": "client", "tail_blocks": 1}, "policy": {"name": "fixed", "cuts": [1, 2, 2]}},
+    "workers-u-shape": {
+        "engine": {"name": "workers"},
+        "split": {"labels": "client", "tail_blocks": 1},
+        "policy": {"name": "fixed", "cuts": [1, 2, 2]},
+    },
     "documents-identity": {
         "tokens": {"packing": "documents", "block_tokens": 48},
         "uplink": {"name": "identity"},

@@ -56,7 +56,9 @@ def evaluations(run: FederatedRun) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_adapter_and_merged_checkpoint_reproduce_the_evaluation(family: str, tmp_path: Path) -> None:
     model_folder(tmp_path / "model", family)
-    (tmp_path / "text.txt").write_text("a b c d e f g h i j k l m n o p\n\n" * 3 + "\n\n".join(f"line {k} of text {k * k}" for k in range(60)))
+    (tmp_path / "text.txt").write_text(
+        "a b c d e f g h i j k l m n o p\n\n" * 3 + "\n\n".join(f"line {k} of text {k * k}" for k in range(60))
+    )
     run = finish(tiny_config(tmp_path, lora={"targets": "all"}))
     first, last = evaluations(run)[0]["global"]["loss"], evaluations(run)[-1]["global"]["loss"]
     assert abs(first - last) > 1e-3, "the run must have changed the model"
@@ -68,7 +70,10 @@ def test_adapter_and_merged_checkpoint_reproduce_the_evaluation(family: str, tmp
     assert held_out_loss(again, run) == pytest.approx(last, rel=1e-5)
     merged = export(run.folder, tmp_path / "merged", merged=True)
     assert held_out_loss(tf.AutoModelForCausalLM.from_pretrained(merged), run) == pytest.approx(last, rel=1e-4)
-    assert tf.AutoTokenizer.from_pretrained(merged)("round")["input_ids"] == tf.AutoTokenizer.from_pretrained(tmp_path / "model")("round")["input_ids"]
+    assert (
+        tf.AutoTokenizer.from_pretrained(merged)("round")["input_ids"]
+        == tf.AutoTokenizer.from_pretrained(tmp_path / "model")("round")["input_ids"]
+    )
     with pytest.raises(ConfigError, match="not empty"):
         export(run.folder, tmp_path / "merged")
 

@@ -52,7 +52,7 @@ def decode_hostile(codec: Codec, data: bytes) -> None:
 
 
 @pytest.mark.parametrize("codec", CODECS, ids=[repr(variant) for variant in CODEC_VARIANTS])
-@settings(max_examples=400)
+@settings(max_examples=300)
 @given(data=st.one_of(st.binary(max_size=120), near_packets()))
 def test_hostile_bytes_never_raise_anything_but_codec_errors(codec: Codec, data: bytes) -> None:
     decode_hostile(codec, data)

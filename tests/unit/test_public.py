@@ -67,6 +67,9 @@ def test_run_finishes_and_takes_a_path_overrides_or_a_configuration(tmp_path: Pa
     (tmp_path / "tiny.toml").write_text(config.to_toml(), "utf-8")
     run = splitft.run(tmp_path / "tiny.toml", ["rounds=1", "name=short"])
     assert run.folder.name == "short"
+    (run.folder / "report.html").unlink()
+    assert splitft.write_report(str(run.folder)) == run.folder / "report.html"
+    assert splitft.load_config(str(tmp_path / "tiny.toml")) == splitft.load_config(tmp_path / "tiny.toml") == config
     assert (run.folder / "report.html").is_file()
     assert (run.folder / "adapter" / "adapter_config.json").is_file()
     assert [row["round"] for row in run.metrics()] == [0, 1]
@@ -102,6 +105,9 @@ def test_resuming_what_is_no_run_is_refused_and_leaves_no_folder(tmp_path: Path)
     assert not Path(config.run.folder).exists()
 
 
-def test_overrides_as_one_text_are_refused() -> None:
+def test_overrides_as_one_text_are_refused(tmp_path: Path) -> None:
+    for wrong in (lambda: splitft.open_run(overrides="rounds=1"), lambda: splitft.load_config(None, "rounds=1")):
+        with pytest.raises(ConfigError, match="overrides"):
+            wrong()
     with pytest.raises(ConfigError, match="overrides"):
-        splitft.open_run(overrides="rounds=1")
+        splitft.open_run(tiny_config(tmp_path), "rounds=1")

@@ -22,6 +22,7 @@ from splitft.split import Route, SplitModel, first_rows
 from splitft.transport.inproc import InProcess
 from splitft.types import Key, Plan, RoundPlan
 
+from ..fault.drive import Drive
 from ..support import BLOCKS, VOCABULARY, build, federation, split_model
 
 LENGTHS = (9, 6, 8)
@@ -275,3 +276,15 @@ def test_a_family_that_cannot_be_ragged_is_served_one_by_one() -> None:
     assert Server(fed, plan, 0, start, {}, deterministic=False).deterministic is False
     object.__setattr__(fed.split.anatomy, "ragged", False)
     assert Server(fed, plan, 0, start, {}, deterministic=False).deterministic is True
+
+
+@pytest.mark.parametrize(("deterministic", "calls"), [(False, [6]), (True, [2, 2, 2])])
+def test_sessions_that_wait_together_share_one_server_pass(deterministic: bool, calls: list[int]) -> None:
+    fed = federation(length=(6, 12))
+    drive = Drive(fed)
+    server = Server(fed, drive.plan, 0, fed.layout.initial_row(1), {}, deterministic)
+    seen, done = rows_seen(fed.split)
+    replies = server.handle(sorted(drive.waiting.items()))
+    done()
+    assert [client for client, _ in replies] == [0, 1, 2]
+    assert seen[BLOCKS - 1] == calls

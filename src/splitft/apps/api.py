@@ -1,4 +1,4 @@
-"""Runs from Python: `splitft.open_run` to look at every round, `splitft.run` for all of it at once."""
+"""Runs from Python: `splitft.open_run` to look at every round, `splitft.run` for all of it at once. Paths may be texts here."""
 
 from __future__ import annotations
 
@@ -7,14 +7,30 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
+from splitft import config as configuration
 from splitft.apps.console import prepare_process
-from splitft.config import RunConfig, load_config, override
+from splitft.config import RunConfig, override
 from splitft.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from splitft.apps.session import FederatedRun
 
 Source: TypeAlias = RunConfig | Path | str | None
+
+
+def load_config(path: Path | str | None = None, overrides: Sequence[str] = ()) -> RunConfig:
+    """The configuration in a TOML file (None: the defaults) with `overrides` such as `train.learning_rate=1e-4` applied.
+
+    Paths in the file are seen from its folder, paths in overrides from the working folder. Raises ConfigError with every fault at once.
+    """
+    return configuration.load_config(None if path is None else Path(path), _listed(overrides))
+
+
+def write_report(run_dir: Path | str) -> Path:
+    """Write `report.html` into a run folder, also of a run that is still going, and return its path. Raises CheckpointError."""
+    from splitft.apps import report
+
+    return report.write_report(Path(run_dir))
 
 
 def open_run(config: Source = None, overrides: Sequence[str] = (), *, resume: bool | Path | str = False) -> FederatedRun:
@@ -54,13 +70,18 @@ def run(config: Source = None, overrides: Sequence[str] = (), *, resume: bool | 
 
 def _settle(config: Source, overrides: Sequence[str], resume: bool | Path | str) -> RunConfig:
     """The configuration of the run, overrides applied."""
-    if isinstance(overrides, str):
-        raise ConfigError(f"overrides is the text {overrides!r}.", f"Give a list of texts: overrides=[{overrides!r}].")
     if isinstance(config, RunConfig):
-        return override(config, overrides) if overrides else config
+        return override(config, _listed(overrides)) if overrides else config
     if config is None and not isinstance(resume, bool):
         config = _run_folder(Path(resume)) / "config.toml"
-    return load_config(None if config is None else Path(config), overrides)
+    return load_config(config, overrides)
+
+
+def _listed(overrides: Sequence[str]) -> Sequence[str]:
+    """A text is a sequence of texts too, and a common slip."""
+    if isinstance(overrides, str):
+        raise ConfigError(f"overrides is the text {overrides!r}.", f"Give a list of texts: overrides=[{overrides!r}].")
+    return overrides
 
 
 def _folder(config: RunConfig, resume: bool | Path | str) -> Path | None:

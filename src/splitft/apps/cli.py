@@ -77,7 +77,7 @@ def run(
 
 @app.command()
 def demo(overrides: Overrides = None, quiet: Quiet = False) -> None:
-    """Train the embedded model over a few simulated clients, in about a minute and without any download."""
+    """Train the embedded model over a few simulated clients, in a minute or two and without any download."""
     console.prepare_process()
     from splitft.apps.demo import demo_config
     from splitft.config import override

@@ -138,7 +138,7 @@ def check_device() -> Iterator[Check]:
 def _bfloat16(native: bool) -> Check:
     if native:
         return Check("bfloat16", "ok", "native")
-    return Check("bfloat16", "warn", "emulated, so slow", 'Leave model.dtype at "auto", which measures, or set it to "float32".')
+    return Check("bfloat16", "warn", "emulated, so slow", 'Leave model.dtype at "auto", which takes float32 here.')
 
 
 def processor_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> frozenset[str]:

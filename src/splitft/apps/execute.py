@@ -13,6 +13,7 @@ from splitft.apps.report_record import load_record
 from splitft.apps.session import FederatedRun, stoppable
 from splitft.config import RunConfig
 from splitft.engine.rounds import RoundRecord
+from splitft.errors import Interrupted
 
 STAGES = {"train": "training", "aggregate": "averaging adapters", "evaluate": "evaluating"}
 
@@ -97,6 +98,9 @@ def execute(config: RunConfig, *, resume: Path | None = None, quiet: bool = Fals
             for _ in run.rounds():
                 check()
             run.finish()
+        except Interrupted:
+            run.note_interruption()
+            raise
         finally:
             run.close()
     if not quiet:

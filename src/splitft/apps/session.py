@@ -155,6 +155,11 @@ class FederatedRun:
             export_tensorboard(self.folder)
         return self.folder
 
+    def note_interruption(self) -> None:
+        """Say in the journal that the run was stopped; resuming drops the note."""
+        if hasattr(self, "_run"):
+            self._run.journal.append({"event": "interrupted", "round": self._run.state.round, "utc": utc_now()})
+
     def close(self) -> None:
         """Let go of the run folder."""
         self._lock.close()

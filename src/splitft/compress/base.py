@@ -73,7 +73,7 @@ class Packet:
             raise CodecError(
                 f"packet header names dtype {dtype} and {axes} axes, allowed are 0..{len(DTYPES) - 1} and 0..{MAX_AXES}.", _TORN
             )
-        if length > limit_bytes or math.prod(shape) * DTYPES[dtype].itemsize > limit_bytes:
+        if length > limit_bytes or math.prod(max(1, size) for size in shape) * DTYPES[dtype].itemsize > limit_bytes:
             raise CodecError(f"packet of {length} bytes for shape {shape} is over the limit of {limit_bytes} bytes.", _TORN)
         body = buffer[HEADER_BYTES : HEADER_BYTES + length]
         if len(body) != length:

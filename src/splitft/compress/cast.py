@@ -37,9 +37,11 @@ class Cast(Codec):
     def decode(self, packet: Packet, state: State) -> tuple[Tensor, State]:
         if packet.codec != self.number:
             raise CodecError(f"a packet of codec {packet.codec} reached cast (codec {self.number}).", "use the same codec on both sides.")
-        values = from_bytes(packet.payload, TYPES[self.dtype], packet.shape)
+        if not packet.dtype.is_floating_point:
+            raise CodecError(f"a cast tensor says it is {packet.dtype}.", "use the same splitft version on both sides.")
+        values = from_bytes(packet.payload, TYPES[self.dtype], packet.shape).to(packet.dtype)
         require_finite(values, "received tensor")
-        return values.to(packet.dtype), state
+        return values, state
 
     def packet_bytes(self, shape: Sequence[int], dtype: torch.dtype) -> int:
         count = 1

@@ -102,9 +102,11 @@ def read_labels(packet: Packet, vocabulary: int, count: int) -> Tensor:
     if packet.codec != LABEL_CODEC or packet.dtype not in (torch.uint16, torch.int32) or packet.shape != (count,):
         raise ProtocolError(f"labels of shape {packet.shape} for {count} tokens.", "run the same splitft version on both sides.")
     ignore = 2_147_483_647 if wide else 65_535
+    if len(packet.payload) != count * packet.dtype.itemsize:
+        raise ProtocolError(
+            f"{len(packet.payload)} bytes of labels arrived for {count} tokens.", "run the same splitft version on both sides."
+        )
     raw = np.frombuffer(packet.payload, dtype=np.int32 if wide else np.uint16).astype(np.int64)
-    if raw.shape[0] != count:
-        raise ProtocolError(f"{raw.shape[0]} labels arrived for {count} tokens.", "run the same splitft version on both sides.")
     labels = np.where(raw == ignore, IGNORE_LABEL, raw)
     if count and (labels.max() >= vocabulary or (labels[labels != IGNORE_LABEL] < 0).any()):
         raise ProtocolError(f"label {labels.max()} is outside the vocabulary of {vocabulary}.", "both sides must use the same tokenizer.")

@@ -50,9 +50,8 @@ def save(folder: Path, state: RunState, keep: int) -> Path:
     parent = folder / FOLDER
     parent.mkdir(parents=True, exist_ok=True)
     target, temporary = parent / f"round-{state.round:05d}", parent / f".round-{state.round:05d}.part"
-    for stale in (temporary, target):
-        if stale.exists():
-            shutil.rmtree(stale)
+    if temporary.exists():
+        shutil.rmtree(temporary)
     temporary.mkdir()
     tensors = {"adapters": state.adapters, **{f"aggregator.{name}": tensor for name, tensor in state.aggregator.items()}}
     for client, one in state.clients.items():
@@ -74,7 +73,15 @@ def save(folder: Path, state: RunState, keep: int) -> Path:
     (temporary / "state.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     for path in (temporary / "tensors.safetensors", temporary / "state.json", temporary):
         _sync(path)
-    temporary.rename(target)
+    if target.exists():  # the same round again: the old one steps aside first, so that one of the two is always whole
+        aside = parent / f".round-{state.round:05d}.old"
+        if aside.exists():
+            shutil.rmtree(aside)
+        target.rename(aside)
+        temporary.rename(target)
+        shutil.rmtree(aside)
+    else:
+        temporary.rename(target)
     _sync(parent)
     for old in _numbered(parent)[:-keep]:
         shutil.rmtree(old)

@@ -6,6 +6,7 @@ other clients, or over a network alone). The client computes the same whoever is
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator
 
 import torch
@@ -74,6 +75,7 @@ class Client:
 
     def _prepare(self, frame: Frame) -> None:
         start, federation = self.start, self.federation
+        self._check_start(frame)
         self.plan = Plan(start.client, start.cut, start.local_steps, start.rank, start.exit_on_client, start.tail_blocks)
         self.ownership = Ownership(self.plan, federation.split.blocks)
         self.columns = self.ownership.client_columns(federation.layout)
@@ -85,6 +87,26 @@ class Client:
         settings = federation.settings
         self.uplink, self.downlink = Stream.open(settings.uplink), Stream.open(settings.downlink)
         self.exit_down, self.exit_up = Stream.open(settings.downlink), Stream.open(settings.uplink)
+
+    def _check_start(self, frame: Frame) -> None:
+        """Refuse a plan this client cannot follow. Raises ProtocolError."""
+        start, blocks = self.start, self.federation.split.blocks
+        deepest = blocks - start.tail_blocks
+        faults = {
+            f"cut {start.cut} of a model with {blocks} blocks and {start.tail_blocks} tail blocks": not 1 <= start.cut <= deepest,
+            f"{start.tail_blocks} tail blocks": start.tail_blocks < 0 or (start.tail_blocks > 0 and not start.exit_on_client),
+            f"{len(start.rates)} learning rates for {start.local_steps} steps": len(start.rates) != start.local_steps
+            or start.local_steps < 1,
+            "a learning rate or clip_norm that is negative or not finite": not all(
+                math.isfinite(x) and x >= 0 for x in (*start.rates, start.clip_norm)
+            ),
+            f"batch {start.batch_size}, accumulation {start.gradient_accumulation}": (start.batch_size, start.gradient_accumulation)
+            != (self.federation.settings.batch_size, self.federation.settings.gradient_accumulation),
+            "no adapters": not frame.packets,
+        }
+        for fault, wrong in faults.items():
+            if wrong:
+                raise ProtocolError(f"the plan for client {self.client} has {fault}.", "check the server's configuration.")
 
     def _step(self, step: int, squared_before: float) -> Generator[bytes, bytes, float]:
         """One optimizer step; returns the squared norm of this client's own gradients, which the server still needs."""
@@ -153,7 +175,7 @@ class Client:
 
     def _receive(self, stream: Stream, frame: Frame, like: Tensor, valid: Tensor | None) -> Tensor:
         """A tensor shaped as `like` from the frame's packet; padding is zero."""
-        decoded, stream.receiver = stream.codec.decode(parse_packet(frame.packets[0]), stream.receiver)
+        decoded, stream.receiver = stream.codec.decode(packet_of(frame, 0), stream.receiver)
         return spread(decoded, like.shape, valid, like)
 
 

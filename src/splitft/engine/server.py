@@ -12,50 +12,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from splitft.engine.batches import length_mask, read_labels
-from splitft.engine.client import packet_of, spread
-from splitft.engine.exchange import Ownership, decode_vector, packet_bytes, put
+from splitft.engine import intake
+from splitft.engine.batches import length_mask
+from splitft.engine.exchange import Ownership, packet_bytes, put
+from splitft.engine.intake import Arrival, Ending, Returned, Session
 from splitft.engine.settings import ClientState, Federation, load_moments
 from splitft.errors import ProtocolError
 from splitft.lora import AdapterBank, wide
 from splitft.loss import Targets, training_loss
-from splitft.messages import Frame, RoundAccepted, RoundEnd, StepFields, Type, decode, round_frame, step_frame
+from splitft.messages import Frame, RoundAccepted, Type, decode, round_frame, step_frame
 from splitft.optimizer import clip_factor
 from splitft.split import Route
 from splitft.types import IGNORE_LABEL, RoundPlan
 from splitft.wire import Stream
-
-
-@dataclass
-class Session:
-    """The server's side of one client in one round. `due`: an optimizer step waits for the client's norm."""
-
-    ownership: Ownership
-    row: int
-    uplink: Stream
-    downlink: Stream
-    exit_down: Stream
-    exit_up: Stream
-    due: bool = False
-    finished: bool = False
-    step: int = 0
-    step_gradient: float = 0.0
-
-    @property
-    def client(self) -> int:
-        return self.ownership.plan.client
-
-
-@dataclass
-class Arrival:
-    """One session's tensor in a pass: its message, tokens per sequence, hidden state [b t d] and which positions are tokens."""
-
-    session: Session
-    fields: StepFields
-    lengths: Tensor
-    hidden: Tensor
-    valid: Tensor | None
-    labels: Tensor | None
 
 
 @dataclass
@@ -105,20 +74,36 @@ class Server:
         self.open: list[OpenPass] = []
 
     def handle(self, messages: Sequence[tuple[int, bytes]]) -> list[tuple[int, bytes]]:
-        """Answer the (client, message) pairs that are waiting, in client order. Raises ProtocolError; nothing is half-applied."""
+        """Answer the (client, message) pairs that are waiting, in client order.
+
+        Raises ProtocolError or CodecError naming the client of the first bad message; then none of the messages has been applied.
+        """
         frames = sorted(((client, decode(data)) for client, data in messages), key=lambda pair: pair[0])
+        if len({client for client, _ in frames}) < len(frames):
+            raise ProtocolError(f"a client sent two messages at once: {[client for client, _ in frames]}.", intake.IN_ORDER)
+        arrivals, returned, endings = self._check(frames)
         replies: list[tuple[int, bytes]] = []
-        arrivals = [self._arrive(client, frame) for client, frame in frames if frame.kind == Type.STEP_UP]
         for group in self._groups(arrivals):
             replies += self._forward(group)
-        for client, frame in frames:
-            if frame.kind == Type.GRADIENT_UP:
-                replies += self._gradient(client, frame)
-            elif frame.kind == Type.ROUND_END:
-                replies.append(self._finish(client, frame))
-            elif frame.kind != Type.STEP_UP:
-                raise ProtocolError(f"client {client} sent {frame.kind.name}, which only a server sends.", "check the client's version.")
+        for one in returned:
+            replies += self._gradient(one)
+        replies += [self._finish(ending) for ending in endings]
         return sorted(replies, key=lambda pair: pair[0])
+
+    def _check(self, frames: list[tuple[int, Frame]]) -> tuple[list[Arrival], list[Returned], list[Ending]]:
+        """Every message checked and decoded; nothing changes yet."""
+        arrivals, returned, endings = [], [], []
+        for client, frame in frames:
+            session = self._session(client)
+            if frame.kind == Type.STEP_UP:
+                arrivals.append(intake.step_up(session, frame, self.federation, self.plan.round))
+            elif frame.kind == Type.GRADIENT_UP:
+                returned.append(intake.gradient_up(session, frame, self._arrival_of(session), self.plan.round))
+            elif frame.kind == Type.ROUND_END:
+                endings.append(intake.round_end(session, frame, self.federation, self.plan.round))
+            else:
+                raise ProtocolError(f"client {client} sent {frame.kind.name}, which only a server sends.", "check the client's version.")
+        return arrivals, returned, endings
 
     def _session(self, client: int) -> Session:
         session = self.sessions.get(client)
@@ -127,41 +112,17 @@ class Server:
             raise ProtocolError(f"client {client} {state} round {self.plan.round}.", "wait for the next round's plan.")
         return session
 
-    def _arrive(self, client: int, frame: Frame) -> Arrival:
-        """Check a STEP_UP against the plan, take the step it closes, decode its tensors."""
-        session, fields = self._session(client), frame.step()
-        plan, settings = session.ownership.plan, self.federation.settings
-        if (
-            fields.client != client
-            or fields.round != self.plan.round
-            or fields.step != session.step + (1 if session.due and fields.micro == 0 else 0)
-        ):
-            raise ProtocolError(
-                f"client {client} sent round {fields.round}, step {fields.step}; due is round {self.plan.round}, step {session.step}.",
-                "messages must come in order; restart the round.",
-            )
-        if len(frame.lengths) != settings.batch_size or not all(frame.lengths):
-            raise ProtocolError(
-                f"client {client} sent {len(frame.lengths)} sequences, the plan says {settings.batch_size}.", "check train.batch_size."
-            )
-        if fields.micro == 0:
-            self._close_step(session, fields.squared_norm)
-            session.step = fields.step
+    def _arrival_of(self, session: Session) -> Arrival | None:
+        """The arrival of a session whose U-shaped pass is open."""
+        return next((one for waiting in self.open for one in waiting.arrivals if one.session is session), None)
+
+    def _take(self, arrival: Arrival) -> None:
+        """Apply an arrival: the step it closes, its codec's state."""
+        session = arrival.session
+        session.uplink.receiver = arrival.receiver
+        if arrival.fields.micro == 0:
+            self._close_step(session, arrival.fields.squared_norm)
             self.bank.gradients[session.row].zero_()
-        lengths = torch.tensor(frame.lengths)
-        width = int(lengths.max())
-        mask = length_mask(lengths, width)
-        valid = None if mask is None else mask.reshape(-1).bool()
-        split = self.federation.split
-        like = torch.empty(0, device=self.federation.device, dtype=next(split.model.parameters()).dtype)
-        decoded, session.uplink.receiver = session.uplink.codec.decode(packet_of(frame, 0), session.uplink.receiver)
-        hidden = spread(decoded, torch.Size((len(lengths), width, decoded.shape[-1])), valid, like)
-        labels = None
-        if not plan.exit_on_client:
-            flat = torch.full((len(lengths) * width,), IGNORE_LABEL)
-            flat[slice(None) if valid is None else valid] = read_labels(packet_of(frame, 1), self.federation.vocabulary, int(lengths.sum()))
-            labels = flat.reshape(len(lengths), width)
-        return Arrival(session, fields, lengths, hidden, valid, labels)
 
     def _groups(self, arrivals: list[Arrival]) -> list[list[Arrival]]:
         """Which sessions share a pass: those with the same exit; alone in deterministic mode. Within a pass: by cut, then client."""
@@ -175,6 +136,8 @@ class Server:
 
     def _forward(self, group: list[Arrival]) -> list[tuple[int, bytes]]:
         """One ragged pass. With the exit here also its backward; else it stays open until the clients' gradients are in."""
+        for arrival in group:
+            self._take(arrival)
         width = max(arrival.hidden.shape[1] for arrival in group)
         leaves = [_widen(arrival.hidden, width).requires_grad_(True) for arrival in group]
         entries: dict[int, Tensor] = {}
@@ -188,6 +151,8 @@ class Server:
         final = split.run(route, None, None if mask is None else mask.to(self.federation.device))
         if first.plan.exit_on_client:
             self.open.append(OpenPass(group, leaves, final, {}))
+            for arrival in group:
+                arrival.session.in_pass = True
             return self._send_hidden(group, final)
         labels = torch.cat([_widen_labels(arrival.labels, width) for arrival in group]).to(final.device)
         sequences = group[0].lengths.shape[0]
@@ -204,22 +169,20 @@ class Server:
             replies.append((session.client, step_frame(Type.HIDDEN_DOWN, arrival.fields, (), (packet_bytes(packet),)).encode()))
         return replies
 
-    def _gradient(self, client: int, frame: Frame) -> list[tuple[int, bytes]]:
+    def _gradient(self, returned: Returned) -> list[tuple[int, bytes]]:
         """A U-shaped client's gradient; when the last of its pass is in, the backward runs and all are answered."""
-        session = self._session(client)
-        for waiting in self.open:
-            for position, arrival in enumerate(waiting.arrivals):
-                if arrival.session is session:
-                    decoded, session.exit_up.receiver = session.exit_up.codec.decode(packet_of(frame, 0), session.exit_up.receiver)
-                    shape = torch.Size((arrival.hidden.shape[0], arrival.hidden.shape[1], decoded.shape[-1]))
-                    waiting.gradients[position] = _widen(spread(decoded, shape, arrival.valid, arrival.hidden), waiting.final.shape[1])
-                    if len(waiting.gradients) < len(waiting.arrivals):
-                        return []
-                    self.open.remove(waiting)
-                    gradient = torch.cat([waiting.gradients[k] for k in range(len(waiting.arrivals))])
-                    waiting.final.backward(gradient)  # type: ignore[no-untyped-call]
-                    return self._answer(waiting.arrivals, waiting.leaves, torch.zeros(len(waiting.arrivals)))
-        raise ProtocolError(f"client {client} sent a gradient for no open pass.", "messages must come in order; restart the round.")
+        session = returned.session
+        session.exit_up.receiver = returned.receiver
+        session.in_pass = False
+        waiting = next(one for one in self.open if any(arrival.session is session for arrival in one.arrivals))
+        position = next(k for k, arrival in enumerate(waiting.arrivals) if arrival.session is session)
+        waiting.gradients[position] = _widen(returned.gradient, waiting.final.shape[1])
+        if len(waiting.gradients) < len(waiting.arrivals):
+            return []
+        self.open.remove(waiting)
+        gradient = torch.cat([waiting.gradients[k] for k in range(len(waiting.arrivals))])
+        waiting.final.backward(gradient)  # type: ignore[no-untyped-call]
+        return self._answer(waiting.arrivals, waiting.leaves, torch.zeros(len(waiting.arrivals)))
 
     def _answer(self, group: list[Arrival], leaves: list[Tensor], sums: Tensor) -> list[tuple[int, bytes]]:
         """STEP_DOWN for everyone in the pass, with the squared norm of the gradients the server holds for it so far."""
@@ -229,9 +192,10 @@ class Server:
             assert leaf.grad is not None
             packet, session.downlink.sender = session.downlink.codec.encode(_tokens(leaf.grad, arrival), session.downlink.sender)
             columns = session.ownership.server_columns(self.federation.layout)
-            session.step_gradient = float(self.bank.gradients[session.row, columns].square().sum(dtype=wide(self.bank.gradients.device)))
+            session.squared_norm = float(self.bank.gradients[session.row, columns].square().sum(dtype=wide(self.bank.gradients.device)))
             session.due = True
-            fields = arrival.fields.with_result(loss_sum, session.step_gradient)
+            session.advance(self.federation.settings.gradient_accumulation)
+            fields = arrival.fields.with_result(loss_sum, session.squared_norm)
             replies.append((session.client, step_frame(Type.STEP_DOWN, fields, (), (packet_bytes(packet),)).encode()))
         return replies
 
@@ -244,28 +208,20 @@ class Server:
         one = slice(session.row, session.row + 1)
         gradients = self.bank.gradients[one, columns]
         if settings.clip_norm > 0:
-            squared = torch.tensor([client_squared + session.step_gradient], dtype=torch.float64)
+            squared = torch.tensor([client_squared + session.squared_norm], dtype=torch.float64)
             gradients.mul_(clip_factor(squared, settings.clip_norm).to(gradients.dtype).to(gradients.device)[:, None])
-        rate = settings.schedule.rate(self.first_step + session.step)
+        rate = settings.schedule.rate(self.first_step + session.step - 1)
         settings.optimizer.step(self.bank.values[one, columns], gradients, self.moments.select(one, columns), rate)
 
-    def _finish(self, client: int, frame: Frame) -> tuple[int, bytes]:
+    def _finish(self, ending: Ending) -> tuple[int, bytes]:
         """Take a participant's own adapters beside its session's."""
-        session = self._session(client)
-        end: RoundEnd = frame.read(RoundEnd)
-        if end.client != client or end.round != self.plan.round:
-            raise ProtocolError(f"client {client} closed round {end.round} as client {end.client}.", "check the client's identity.")
-        if session.step != session.ownership.plan.local_steps - 1 or not session.due:
-            raise ProtocolError(
-                f"client {client} closed the round after step {session.step + 1} of {session.ownership.plan.local_steps}.",
-                "finish the steps.",
-            )
-        codec = self.federation.settings.adapter_codec
-        vector = decode_vector(frame.packets[0], codec).to(self.federation.device)
-        self._close_step(session, end.squared_norm)
-        put(self.bank.values[session.row], session.ownership.client_columns(self.federation.layout), vector)
+        session = ending.session
+        self._close_step(session, ending.squared_norm)
+        columns = session.ownership.client_columns(self.federation.layout)
+        put(self.bank.values[session.row], columns, ending.vector.to(self.federation.device))
         session.finished = True
-        return client, round_frame(Type.ROUND_ACCEPTED, RoundAccepted(round=self.plan.round, client=client)).encode()
+        accepted = RoundAccepted(round=self.plan.round, client=session.client)
+        return session.client, round_frame(Type.ROUND_ACCEPTED, accepted).encode()
 
 
 def _tokens(tensor: Tensor, arrival: Arrival) -> Tensor:

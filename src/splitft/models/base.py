@@ -1,6 +1,6 @@
 """What the rest of the system knows of a model: where its blocks and head are, what a block returns, what follows the head.
 
-There is no class per family. Any Hugging Face causal LM is taken as it is; `probe.py` finds these facts by running a shrunken copy.
+There is no class per family. Any Hugging Face causal LM is taken as it is; `selfcheck.py` finds these facts by running a shrunken copy.
 """
 
 from __future__ import annotations

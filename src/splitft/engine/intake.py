@@ -1,0 +1,178 @@
+"""What the server accepts: every message of a session is checked against its plan and decoded before anything changes.
+
+The functions here change no state; what they return is applied by the server once all messages of a turn have passed.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from splitft.compress.base import State
+from splitft.engine.batches import length_mask, read_labels
+from splitft.engine.client import packet_of, spread
+from splitft.engine.exchange import Ownership, decode_vector
+from splitft.engine.settings import Federation
+from splitft.errors import ProtocolError
+from splitft.messages import Frame, RoundEnd, StepFields
+from splitft.types import IGNORE_LABEL
+from splitft.wire import Stream
+
+IN_ORDER = "messages must come in order; restart the round."
+SAME_PLAN = "both sides must run the same plan and version."
+
+
+@dataclass
+class Session:
+    """The server's side of one client in one round; `row` is its bank row.
+
+    `step` and `micro` name the micro-batch that is due next. `due`: an optimizer step waits for the client's part of the gradient norm.
+    `in_pass`: a U-shaped pass waits for the client's gradient.
+    """
+
+    ownership: Ownership
+    row: int
+    uplink: Stream
+    downlink: Stream
+    exit_down: Stream
+    exit_up: Stream
+    step: int = 0
+    micro: int = 0
+    due: bool = False
+    in_pass: bool = False
+    finished: bool = False
+    squared_norm: float = 0.0
+
+    @property
+    def client(self) -> int:
+        return self.ownership.plan.client
+
+    def advance(self, accumulation: int) -> None:
+        """The next micro-batch is due."""
+        self.micro += 1
+        if self.micro == accumulation:
+            self.step, self.micro = self.step + 1, 0
+
+
+@dataclass
+class Arrival:
+    """One session's tensor in a pass: its message, tokens per sequence, hidden state [b t d] and which positions are tokens."""
+
+    session: Session
+    fields: StepFields
+    lengths: Tensor
+    hidden: Tensor
+    valid: Tensor | None
+    labels: Tensor | None
+    receiver: State
+
+
+@dataclass(frozen=True)
+class Returned:
+    """A U-shaped client's gradient [b t d] with respect to what it was sent."""
+
+    session: Session
+    gradient: Tensor
+    receiver: State
+
+
+@dataclass(frozen=True)
+class Ending:
+    """A client's own adapters [q] and the norm that closes its last step."""
+
+    session: Session
+    vector: Tensor
+    squared_norm: float
+
+
+def step_up(session: Session, frame: Frame, federation: Federation, round_index: int) -> Arrival:
+    """A STEP_UP as an arrival. Raises ProtocolError or CodecError."""
+    fields, plan, settings = frame.step(), session.ownership.plan, federation.settings
+    _check_order(session, fields, round_index)
+    if session.in_pass:
+        raise ProtocolError(f"client {session.client} sent another batch before the gradient of the last.", IN_ORDER)
+    if fields.step >= plan.local_steps:
+        raise ProtocolError(f"client {session.client} sent step {fields.step + 1} of {plan.local_steps}.", IN_ORDER)
+    if not fields.normaliser >= max(1, fields.targets):
+        raise ProtocolError(
+            f"client {session.client} names {fields.targets} targets of {fields.normaliser} in the step.",
+            "a step needs at least one target.",
+        )
+    _check_norm(session, fields.squared_norm)
+    if len(frame.lengths) != settings.batch_size or not all(frame.lengths):
+        raise ProtocolError(
+            f"client {session.client} sent {len(frame.lengths)} sequences of lengths {frame.lengths[:4]}, the plan says {settings.batch_size}.",
+            "check train.batch_size.",
+        )
+    packet = packet_of(frame, 0)
+    total = sum(frame.lengths)
+    if packet.shape != (total, federation.split.hidden_size):
+        raise ProtocolError(
+            f"client {session.client} sent a tensor of shape {packet.shape} for {total} tokens of width {federation.split.hidden_size}.",
+            SAME_PLAN,
+        )
+    decoded, receiver = session.uplink.codec.decode(packet, session.uplink.receiver)
+    lengths = torch.tensor(frame.lengths)
+    width = int(lengths.max())
+    mask = length_mask(lengths, width)
+    valid = None if mask is None else mask.reshape(-1).bool()
+    like = torch.empty(0, device=federation.device, dtype=federation.split.dtype)
+    hidden = spread(decoded, torch.Size((len(lengths), width, federation.split.hidden_size)), valid, like)
+    labels = None
+    if not plan.exit_on_client:
+        flat = torch.full((len(lengths) * width,), IGNORE_LABEL)
+        flat[slice(None) if valid is None else valid] = read_labels(packet_of(frame, 1), federation.vocabulary, total)
+        labels = flat.reshape(len(lengths), width)
+        if int((labels != IGNORE_LABEL).sum()) != fields.targets:
+            raise ProtocolError(f"client {session.client} names {fields.targets} targets, its labels hold another number.", SAME_PLAN)
+    return Arrival(session, fields, lengths, hidden, valid, labels, receiver)
+
+
+def gradient_up(session: Session, frame: Frame, arrival: Arrival | None, round_index: int) -> Returned:
+    """A GRADIENT_UP for the pass that `arrival` is in. Raises ProtocolError or CodecError."""
+    if arrival is None or not session.in_pass:
+        raise ProtocolError(f"client {session.client} sent a gradient for no open pass.", IN_ORDER)
+    _check_order(session, frame.step(), round_index)
+    packet = packet_of(frame, 0)
+    total, width = int(arrival.lengths.sum()), arrival.hidden.shape[-1]
+    if packet.shape != (total, width):
+        raise ProtocolError(f"client {session.client} sent a gradient of shape {packet.shape}, due is {(total, width)}.", SAME_PLAN)
+    decoded, receiver = session.exit_up.codec.decode(packet, session.exit_up.receiver)
+    return Returned(session, spread(decoded, arrival.hidden.shape, arrival.valid, arrival.hidden), receiver)
+
+
+def round_end(session: Session, frame: Frame, federation: Federation, round_index: int) -> Ending:
+    """A ROUND_END. Raises ProtocolError or CodecError."""
+    end: RoundEnd = frame.read(RoundEnd)
+    if end.client != session.client or end.round != round_index:
+        raise ProtocolError(f"client {session.client} closed round {end.round} as client {end.client}.", "check the client's identity.")
+    if (session.step, session.micro) != (session.ownership.plan.local_steps, 0) or session.in_pass:
+        raise ProtocolError(
+            f"client {session.client} closed the round with {session.step} of {session.ownership.plan.local_steps} steps done.",
+            "finish the steps.",
+        )
+    _check_norm(session, end.squared_norm)
+    if not frame.packets:
+        raise ProtocolError(f"client {session.client} closed the round without adapters.", SAME_PLAN)
+    vector = decode_vector(frame.packets[0], federation.settings.adapter_codec)
+    due = sum(part.stop - part.start for part in session.ownership.client_columns(federation.layout))
+    if vector.shape != (due,):
+        raise ProtocolError(f"client {session.client} sent adapters of shape {tuple(vector.shape)}, due are {due} parameters.", SAME_PLAN)
+    return Ending(session, vector, end.squared_norm)
+
+
+def _check_order(session: Session, fields: StepFields, round_index: int) -> None:
+    if (fields.client, fields.round, fields.step, fields.micro) != (session.client, round_index, session.step, session.micro):
+        raise ProtocolError(
+            f"client {session.client} sent client {fields.client}, round {fields.round}, step {fields.step}, micro-batch {fields.micro}; "
+            f"due are round {round_index}, step {session.step}, micro-batch {session.micro}.",
+            IN_ORDER,
+        )
+
+
+def _check_norm(session: Session, squared_norm: float) -> None:
+    if not (math.isfinite(squared_norm) and squared_norm >= 0):
+        raise ProtocolError(f"client {session.client} sent the squared gradient norm {squared_norm}.", "its training has diverged.")
