@@ -45,9 +45,7 @@ docs: $(READY) ## write the generated pages of docs/
 	$(BIN)/python tools/docs.py
 
 bench: $(READY) ## run every benchmark in benchmarks/
-	@for script in benchmarks/*.py; do \
-		[ -e "$$script" ] || { echo "benchmarks/ holds no script."; break; }; \
-		echo "== $$script"; $(BIN)/python "$$script" || exit 1; done
+	$(BIN)/python -m benchmarks $(ARGS)
 
 clean: ## remove caches and build products; .venv and runs/ stay
 	rm -rf build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage

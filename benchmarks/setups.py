@@ -20,11 +20,12 @@ from splitft.data.base import ClientData, TokenRows
 from splitft.data.order import BatchOrder
 from splitft.engine.settings import Federation, TrainSettings
 from splitft.lora import Layout
+from splitft.models.anatomy import without_dropout
 from splitft.models.attention import register as register_attention
 from splitft.models.load import load_model, load_model_config
 from splitft.optimizer import AdamW, Schedule
 from splitft.rng import numpy_stream
-from splitft.selfcheck import build_random, inspect_family, without_dropout
+from splitft.selfcheck import build_random, inspect_family
 from splitft.split import SplitModel
 from splitft.types import Plan, RoundPlan
 

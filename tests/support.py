@@ -15,8 +15,9 @@ from splitft.data.base import ClientData, TokenRows
 from splitft.data.order import BatchOrder
 from splitft.engine.settings import Federation, TrainSettings
 from splitft.lora import Layout
+from splitft.models.anatomy import without_dropout
 from splitft.optimizer import AdamW, Schedule
-from splitft.selfcheck import inspect_family, loud, without_dropout
+from splitft.selfcheck import inspect_family, loud
 from splitft.split import SplitModel
 
 VOCABULARY = 96

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1] / "src" / "splitft"
 WORDS = {"types", "messages", "config", "config_checks", "config_values", "toml", "errors", "clock", "rng"}
 SEAM_BASES = {f"{seam}.base" for seam in ("models", "compress", "aggregate", "adapt", "transport", "data")}
 MAY_IMPORT = dict.fromkeys(WORDS, WORDS) | {
-    "models": WORDS | {"selfcheck"},
+    "models": WORDS,
     "compress": WORDS,
     "data": WORDS,
     "lora": WORDS | {"models.base"},
@@ -21,7 +21,7 @@ MAY_IMPORT = dict.fromkeys(WORDS, WORDS) | {
     "wire": WORDS | {"compress.base"},
     "split": WORDS | {"models", "lora"},
     "peft_format": WORDS | {"lora", "models.base"},
-    "selfcheck": WORDS | {"models", "split"},
+    "selfcheck": WORDS | {"models", "split", "lora"},
     "aggregate": WORDS | {"lora"},
     "adapt": WORDS | {"compress.base"},
     "transport": WORDS,  # it is handed a handler and never sees the engine

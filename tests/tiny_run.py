@@ -48,7 +48,7 @@ def text_file(path: Path, documents: int = 40, seed: int = 0) -> Path:
 
 
 def tiny_config(folder: Path, **changes: Any) -> RunConfig:
-    """Three clients, cuts 1 2 3, three rounds of two steps, moments kept; `changes` replace whole components and single fields of sections."""
+    """Three clients, cuts 1 2 3, three rounds of two steps, moments kept. `changes` replace components and single fields."""
     model = folder / "model"
     if not model.is_dir():
         model_folder(model)

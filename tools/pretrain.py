@@ -201,10 +201,8 @@ def main() -> None:
         losses.append(loss.item())
         step += 1
         if step % 50 == 0:
-            print(
-                f"{elapsed:7.0f} s  step {step}  loss {np.mean(losses[-50:]):.3f}  {step * batch.numel() / (time.time() - started):.0f} tokens/s",
-                flush=True,
-            )
+            speed = step * batch.numel() / (time.time() - started)
+            print(f"{elapsed:7.0f} s  step {step}  loss {np.mean(losses[-50:]):.3f}  {speed:.0f} tokens/s", flush=True)
         if time.time() - saved_s > 600:
             figures = {s: round(perplexity(model, c, arguments.length, 60_000), 2) for s, c in held_out.items()}
             print("valid perplexity", figures, flush=True)

@@ -101,7 +101,9 @@ class LoraSection(Section):
     rank: Annotated[int, Field(ge=1, le=4096)] = Field(8, description="Rank of the adapters.")
     alpha: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = Field(16.0, description="The update is scaled by alpha / rank.")
     targets: Annotated[Literal["default", "all"] | tuple[str, ...], BeforeValidator(_lora_targets)] = Field(
-        "default", description='Adapted projections of a block: "default" (those of the attention), "all", or a list of names.'
+        "default",
+        description='Adapted projections of a block: "default" (those of the attention), "all", or a list of names. '
+        "Routers and experts of a mixture are left out.",
     )
     adapter: str = Field(
         "", description="Folder of a PEFT adapter to start from (its own rank, alpha and modules count then); empty starts from zero."
@@ -115,8 +117,10 @@ class TokensSection(Section):
         "blocks", description='"blocks" joins documents and cuts them to equal length; "documents" keeps one document a row.'
     )
     block_tokens: Annotated[int, Field(ge=8, le=1_048_576)] = Field(128, description="Tokens of a row; longer documents are cut.")
-    held_out: Share = Field(0.1, description="Share of each client's documents kept from training to measure it.")
-    common_held_out: Share = Field(0.05, description="Share of all documents kept from every client to measure the global model.")
+    held_out: Share = Field(0.1, description="Share of each client's documents kept from training to measure it; 0 keeps none.")
+    common_held_out: Share = Field(
+        0.05, description="Share of all documents kept from every client to measure the global model; 0 takes the clients' slices for it."
+    )
 
 
 class ClientsSection(Section):
@@ -175,7 +179,9 @@ class EngineSection(Section):
         "cohort",
         description='"cohort" computes many clients in one batched pass; "workers" lets client and server objects exchange messages.',
     )
-    cohort_size: CountOrZero = Field(0, description="Clients in one pass; 0 chooses by memory.")
+    cohort_size: CountOrZero = Field(
+        0, description="Clients in one pass; 0 takes as many as have about 8,192 tokens together on a CPU, 65,536 on a GPU."
+    )
     device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description='Device; "auto" takes CUDA, then MPS, then the processor.')
     threads: Annotated[int, Field(ge=0, le=1024)] = Field(0, description="Threads of one process; 0 takes the cores this process may use.")
     deterministic: bool = Field(

@@ -154,3 +154,9 @@ def cross_check(config: RunConfig) -> Iterator[Problem]:
             "together they must leave something to train on (less than 1).",
             ("tokens.common_held_out",),
         )
+    if tokens.held_out == 0 and tokens.common_held_out == 0:
+        yield Problem(
+            "tokens.held_out",
+            "tokens.held_out = 0 and tokens.common_held_out = 0: one must be more than 0, to have something to measure.",
+            ("tokens.common_held_out",),
+        )

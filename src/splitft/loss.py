@@ -20,6 +20,7 @@ from splitft.models.base import Anatomy
 from splitft.types import IGNORE_LABEL
 
 CHUNK_ELEMENTS = 4_000_000
+CHUNK_MINIMUM = 256
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,8 @@ def shift_labels(ids: Tensor, trained: Tensor) -> Tensor:
 
 
 def chunk_tokens(vocabulary: int) -> int:
-    """Tokens whose logits make about 16 MB in float32."""
-    return max(16, CHUNK_ELEMENTS // vocabulary)
+    """Tokens whose logits make about 16 MB in float32, and no fewer than CHUNK_MINIMUM: below that the head matrix is read too often."""
+    return max(CHUNK_MINIMUM, CHUNK_ELEMENTS // vocabulary)
 
 
 def token_losses(hidden: Tensor, head: Callable[[Tensor], Tensor], labels: Tensor, vocabulary: int) -> tuple[Tensor, Tensor]:
@@ -98,11 +99,12 @@ def _closed_form(hidden: Tensor, weight: Tensor, labels: Tensor, matrix: Tensor,
     """nll and gradient of one chunk: softmax minus one-hot, times the head matrix."""
     logits = F.linear(hidden.to(matrix.dtype), matrix, bias).float()
     target = labels[:, None]
-    losses = torch.logsumexp(logits, 1) - logits.gather(1, target).squeeze(1)
-    probabilities = torch.softmax(logits, 1, dtype=torch.float32)
-    probabilities.scatter_add_(1, target, torch.full_like(target, -1.0, dtype=torch.float32))
-    probabilities.mul_(weight[:, None])
-    return losses, (probabilities.to(matrix.dtype) @ matrix).to(hidden.dtype)
+    chosen = logits.gather(1, target)
+    largest = logits.amax(1, keepdim=True)
+    total = logits.sub_(largest).exp_().sum(1, keepdim=True)
+    losses = (total.log() + largest - chosen).squeeze(1)
+    logits.mul_(weight[:, None] / total).scatter_add_(1, target, -weight[:, None])
+    return losses, (logits.to(matrix.dtype) @ matrix).to(hidden.dtype)
 
 
 def _by_autograd(hidden: Tensor, weight: Tensor, labels: Tensor, head: nn.Module, anatomy: Anatomy) -> tuple[Tensor, Tensor]:

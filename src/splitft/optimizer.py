@@ -62,8 +62,8 @@ class AdamW:
         steps = moments.steps.to(torch.float64)
         step_size = (rate / (1.0 - self.beta1**steps)).to(torch.float32).to(values.device)[:, None]
         root = (1.0 - self.beta2**steps).sqrt().to(torch.float32).to(values.device)[:, None]
-        denominator = (moments.second.sqrt() / root).add_(self.epsilon)
-        values.sub_(moments.first / denominator * step_size)
+        denominator = moments.second.sqrt().div_(root).add_(self.epsilon)
+        values.addcdiv_(moments.first * -step_size, denominator)
 
 
 @dataclass

@@ -28,8 +28,24 @@ from splitft.types import Factors, Key
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 NAME = re.compile(r"^base_model\.model\.(?P<path>.+?)\.(?P<block>\d+)\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight$")
-# Features of PEFT whose result is not a plain scale * B A.
-UNSUPPORTED = {"use_dora": False, "modules_to_save": None, "bias": "none", "layer_replication": None, "lora_bias": False}
+# Features of PEFT whose result is not a plain scale * B A on the projections of the blocks; unset is missing, empty, false or "none".
+UNSUPPORTED = (
+    "use_dora",
+    "modules_to_save",
+    "bias",
+    "layer_replication",
+    "lora_bias",
+    "trainable_token_indices",
+    "target_parameters",
+    "use_qalora",
+    "use_bdlora",
+    "arrow_config",
+    "kasa_config",
+    "monteclora_config",
+)
+# Initialisations that leave the base weights alone. The others (PiSSA, OLoRA, LoftQ, CorDA ...) change them, and the adapter belongs to
+# the changed base.
+PLAIN_STARTS = (True, None, False, "gaussian", "eva", "orthogonal")
 
 
 @dataclass(frozen=True)
@@ -65,9 +81,7 @@ def read_adapter(folder: Path, blocks_path: str) -> StoredAdapter:
         raise AdapterError(f"{folder / CONFIG} holds a {type(config).__name__}, not a table.", "use another checkpoint of the adapter.")
     if config.get("peft_type") != "LORA":
         raise AdapterError(f"{folder} holds a {config.get('peft_type')} adapter.", "only LoRA adapters can be used.")
-    for name, plain in UNSUPPORTED.items():
-        if config.get(name, plain) not in (plain, False, None):
-            raise AdapterError(f"{folder} uses {name} = {config[name]!r}.", "only plain LoRA (scale * B A) can be used.")
+    _refuse_unsupported(config, folder)
     pairs: dict[Key, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         match = NAME.match(name)
@@ -81,13 +95,26 @@ def read_adapter(folder: Path, blocks_path: str) -> StoredAdapter:
         if set(sides) != {"A", "B"}:
             raise AdapterError(f"{folder / WEIGHTS} has only one factor for {key}.", "use another checkpoint of the adapter.")
         factors[key] = Factors(sides["A"], sides["B"])
-        scale[key] = _scale(config, f"{blocks_path}.{key.block}.{key.module}", sides["A"].shape[0])
+        scale[key] = _scale(config, folder, f"{blocks_path}.{key.block}.{key.module}", sides["A"].shape[0])
     if not factors:
         raise AdapterError(f"{folder / WEIGHTS} is empty.", "use another checkpoint of the adapter.")
     return StoredAdapter(factors, scale)
 
 
-def _scale(config: dict[str, Any], module: str, rank: int) -> float:
+def _refuse_unsupported(config: dict[str, Any], folder: Path) -> None:
+    """AdapterError when the function of the adapter is not the base plus scale * B A."""
+    for name in (*UNSUPPORTED, *(name for name in config if name.startswith("alora_"))):
+        if config.get(name) and config[name] != "none":
+            raise AdapterError(f"{folder} uses {name} = {config[name]!r}.", "only plain LoRA (scale * B A) can be used.")
+    start = config.get("init_lora_weights", True)
+    if (start.lower() if isinstance(start, str) else start) not in PLAIN_STARTS:
+        raise AdapterError(
+            f"{folder} uses init_lora_weights = {start!r}, which changed the base weights when it was made.",
+            "convert it with PEFT's save_pretrained(..., path_initial_model_for_weight_conversion=...), then use the converted adapter.",
+        )
+
+
+def _scale(config: dict[str, Any], folder: Path, module: str, rank: int) -> float:
     """alpha / rank (alpha / sqrt(rank) with rsLoRA) of one module, its own alpha where alpha_pattern names it."""
     try:
         alpha = config["lora_alpha"]
@@ -98,14 +125,14 @@ def _scale(config: dict[str, Any], module: str, rank: int) -> float:
         scale = float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
     except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError, re.error) as problem:
         raise AdapterError(
-            f"{CONFIG}: lora_alpha or alpha_pattern is wrong: {problem!r}.", "use another checkpoint of the adapter."
+            f"{folder / CONFIG}: lora_alpha or alpha_pattern is wrong: {problem!r}.", "use another checkpoint of the adapter."
         ) from problem
     if not math.isfinite(scale):
-        raise AdapterError(f"{CONFIG}: the scale of {module} is {scale}.", "use another checkpoint of the adapter.")
+        raise AdapterError(f"{folder / CONFIG}: the scale of {module} is {scale}.", "use another checkpoint of the adapter.")
     return scale
 
 
-def adapter_config(layout: Layout, blocks_path: str, base_model: str, transposed: bool) -> dict[str, Any]:
+def adapter_config(layout: Layout, blocks_path: str, base_model: str, transposed: bool, revision: str = "") -> dict[str, Any]:
     """What adapter_config.json says. The commonest rank and alpha are the defaults, others stand in rank_pattern and alpha_pattern."""
     ranks = [entry.rank for entry in layout.entries]
     alphas = [entry.scale * entry.rank for entry in layout.entries]
@@ -115,6 +142,7 @@ def adapter_config(layout: Layout, blocks_path: str, base_model: str, transposed
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_model,
+        "revision": revision or None,
         "r": rank,
         "lora_alpha": alpha,
         "lora_dropout": 0.0,
@@ -127,7 +155,9 @@ def adapter_config(layout: Layout, blocks_path: str, base_model: str, transposed
     }
 
 
-def write_adapter(folder: Path, layout: Layout, row: Tensor, blocks_path: str, base_model: str, transposed: bool) -> Path:
+def write_adapter(
+    folder: Path, layout: Layout, row: Tensor, blocks_path: str, base_model: str, transposed: bool, revision: str = ""
+) -> Path:
     """Write an adapter row [p] as a PEFT folder; an older folder of that name is replaced as a whole."""
     tensors = {}
     for key, (a, b) in layout.factors(row).items():
@@ -135,9 +165,8 @@ def write_adapter(folder: Path, layout: Layout, row: Tensor, blocks_path: str, b
         tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"] = a.clone(), b.clone()
     temporary = _fresh(folder)
     save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
-    (temporary / CONFIG).write_text(
-        json.dumps(adapter_config(layout, blocks_path, base_model, transposed), indent=2) + "\n", encoding="utf-8"
-    )
+    facts = adapter_config(layout, blocks_path, base_model, transposed, revision)
+    (temporary / CONFIG).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     return replace_folder(temporary, folder)
 
 

@@ -7,20 +7,26 @@ every block; hidden states, logits and gradients must agree. So "which models wo
 from __future__ import annotations
 
 import copy
-from typing import Any
+from dataclasses import replace
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from splitft.errors import ModelError
-from splitft.models.anatomy import block_count, find_blocks, find_head
+from splitft.lora import AdapterBank, Layout
+from splitft.models.anatomy import block_count, find_blocks, find_head, without_dropout
+from splitft.models.attention import build_with
 from splitft.models.base import AfterHead, Anatomy
 from splitft.split import Route, SplitModel
 
 TINY_BLOCKS = 4
 TINY_TOKENS = 6
+ROWS = 4
 TOLERANCE = 1e-4
+Whole: TypeAlias = dict[str, tuple[Tensor, Tensor | None]]
 SHARED_STATE = ("num_kv_shared_layers", "hidden_size_per_layer_input", "num_nextn_predict_layers_shared")
 
 
@@ -100,16 +106,6 @@ def _set(config: PretrainedConfig, name: str, value: Any) -> None:
         return
 
 
-def without_dropout(config: PretrainedConfig) -> PretrainedConfig:
-    """The configuration with every dropout rate at zero: split and unsplit would otherwise draw different masks."""
-    clean = copy.deepcopy(config)
-    for part in {id(clean): clean, id(clean.get_text_config()): clean.get_text_config()}.values():
-        for name, value in list(vars(part).items()):
-            if ("drop" in name or name == "layerdrop") and isinstance(value, float):
-                setattr(part, name, 0.0)
-    return clean
-
-
 def inspect_family(config: PretrainedConfig, name: str, attention: str = "sdpa", prove: bool = True) -> Anatomy:
     """The anatomy of the family, after the self-check unless `prove` is off. Takes 0.1 to 0.5 s; no weights are needed.
 
@@ -130,7 +126,7 @@ def inspect_family(config: PretrainedConfig, name: str, attention: str = "sdpa",
 def _inspect(config: PretrainedConfig, name: str, attention: str, prove: bool) -> Anatomy:
     with torch.random.fork_rng(devices=[]):
         model = loud(build_random(config, attention))
-        ids = torch.randint(1, config.get_text_config().vocab_size, (3, TINY_TOKENS))
+        ids = torch.randint(1, config.get_text_config().vocab_size, (ROWS, TINY_TOKENS))
     mask = torch.ones_like(ids)
     mask[1, -2:] = 0
     blocks_path, blocks = find_blocks(model, block_count(config))
@@ -167,13 +163,8 @@ def _require_causal(model: PreTrainedModel, ids: Tensor, name: str) -> None:
 
 
 def build_random(config: PretrainedConfig, attention: str) -> PreTrainedModel:
-    """A model with random weights from its configuration, in evaluation mode; falls back to eager attention where sdpa is not offered."""
-    try:
-        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
-    except ValueError as problem:
-        if "attn_implementation" not in str(problem) and "attention" not in str(problem).lower():
-            raise
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    """A model with random weights from its configuration, in evaluation mode; a plainer attention where the one named is not offered."""
+    model = build_with(lambda name: AutoModelForCausalLM.from_config(config, attn_implementation=name), attention)
     return model.float().eval()
 
 
@@ -206,44 +197,91 @@ def _after_head(config: PretrainedConfig, raw: Tensor, logits: Tensor, name: str
     )
 
 
-def _prove(model: PreTrainedModel, anatomy: Anatomy, ids: Tensor, whole: dict[str, tuple[Tensor, Tensor | None]], name: str) -> Anatomy:
-    """Compare every cut with the whole model; then find out whether sessions with different cuts may share a pass."""
+def _prove(model: PreTrainedModel, anatomy: Anatomy, ids: Tensor, whole: Whole, name: str) -> Anatomy:
+    """Every cut against the whole model, then gradients and adapters, then passes that sessions with different cuts share."""
     split = SplitModel(model, anatomy, "all")
-    rows, count = ids.shape[0], split.blocks
-
-    def exit_logits(route: Route, given: Tensor | None, own_ids: Tensor | None = None) -> Tensor:
-        return split.logits(split.run(route, own_ids, given))
-
     with torch.no_grad():
         for case, (logits, given) in whole.items():
             valid = torch.ones_like(ids, dtype=torch.bool) if given is None else given.bool()
-            for cut in range(1, count + 1):
-                front = split.run(Route(rows, last=cut - 1), ids, given)
-                found = exit_logits(Route(rows, entries={cut: front}), given)
-                error = float((found - logits)[valid].abs().max())
-                if not error <= TOLERANCE * float(logits[valid].abs().max()):
+            for cut in range(1, split.blocks + 1):
+                front = split.run(Route(ROWS, last=cut - 1), ids, given)
+                error = _error(split.logits(split.run(Route(ROWS, entries={cut: front}), None, given)), logits, valid)
+                if not error <= TOLERANCE:
                     raise ModelError(
                         f"{name} ({model.config.model_type}): cut after block {cut}, {case} batch, changes the logits by {error:.2g}.",
                         "something besides the hidden state passes between its blocks; this model cannot be split exactly.",
                     )
-        ragged = _ragged_agrees(split, ids, whole, exit_logits)
-    return Anatomy(anatomy.blocks_path, anatomy.head_path, anatomy.returns_tuple, anatomy.after_head, anatomy.after_head_value, ragged)
+        ragged = all(_ragged_agrees(split, ids, whole, rows) for rows in (2, 3, ROWS))
+    bypassed = _prove_adapters(split, ids, name)
+    return replace(anatomy, ragged=ragged, bypassed=bypassed)
 
 
-def _ragged_agrees(split: SplitModel, ids: Tensor, whole: dict[str, tuple[Tensor, Tensor | None]], exit_logits: Any) -> bool:
-    """Rows that enter at different blocks against the whole model."""
-    rows, count = ids.shape[0], split.blocks
+def _error(found: Tensor, expected: Tensor, valid: Tensor) -> float:
+    """Largest difference on valid positions, relative to the largest value; NaN stays NaN and fails every comparison."""
+    return float((found - expected)[valid].abs().max() / expected[valid].abs().max())
+
+
+def _ragged_agrees(split: SplitModel, ids: Tensor, whole: Whole, rows: int) -> bool:
+    """The first `rows` rows, each entering at another block, against the whole model. Row counts that divide the number of heads show
+    arguments laid out by head that would be taken for arguments laid out by row."""
+    count = split.blocks
+    cuts = [1, 1, max(1, count // 2), count][-rows:]
     for logits, given in whole.values():
-        valid = torch.ones_like(ids, dtype=torch.bool) if given is None else given.bool()
-        cuts = [1, max(1, count // 2), count]
         entries: dict[int, Tensor] = {}
         for row, cut in enumerate(cuts):
             alone = split.run(Route(1, last=cut - 1), ids[row : row + 1], None if given is None else given[row : row + 1])
             entries[cut] = torch.cat([entries[cut], alone]) if cut in entries else alone
+        mask = None if given is None else given[:rows]
+        valid = torch.ones_like(ids[:rows], dtype=torch.bool) if mask is None else mask.bool()
         try:
-            found = exit_logits(Route(rows, entries=entries, sessions=rows), given)
+            found = split.logits(split.run(Route(rows, entries=entries, sessions=rows), None, mask))
         except (RuntimeError, ValueError, IndexError):
             return False
-        if not float((found - logits)[valid].abs().max()) <= TOLERANCE * float(logits[valid].abs().max()):
+        if not _error(found, logits[:rows], valid) <= TOLERANCE:
             return False
     return True
+
+
+def _prove_adapters(split: SplitModel, ids: Tensor, name: str) -> tuple[str, ...]:
+    """Adapters do what merged weights do, and a cut pass gives them the gradients of an uncut one.
+
+    Returns the projections whose module the family goes around (it reads their weight directly), so that an adapter would not be seen.
+    """
+    if not split.keys:
+        return ()
+    layout = Layout.of(split.keys, 2, 1.0)
+    row = layout.initial_row(0)
+    row += 0.1 * torch.sin(torch.arange(layout.parameters))
+    bank, middle = AdapterBank(layout, 1), max(1, split.blocks // 2)
+    with torch.no_grad():
+        bank.values[0] = row
+    joined = split.logits(split.run(Route(ROWS, bank=bank), ids, None))
+    joined.square().mean().backward()  # type: ignore[no-untyped-call]
+    expected = bank.gradients.clone()
+    bank.zero_gradients()
+    hidden = split.run(Route(ROWS, last=middle - 1, bank=bank), ids, None)
+    received = hidden.detach().requires_grad_(True)
+    found = split.logits(split.run(Route(ROWS, entries={middle: received}, bank=bank), None, None))
+    found.square().mean().backward()  # type: ignore[no-untyped-call]
+    hidden.backward(received.grad)  # type: ignore[no-untyped-call]
+    everything = torch.ones(1, dtype=torch.bool)
+    if not _error(bank.gradients, expected, everything.expand(1)) <= TOLERANCE:
+        raise ModelError(
+            f"{name} ({split.model.config.model_type}): a cut after block {middle} changes the adapters' gradients.",
+            "something besides the hidden state passes between its blocks; this model cannot be split exactly.",
+        )
+    unseen = {key.module for key, (a, _) in layout.factors(expected[0]).items() if not float(a.abs().max()) > 0}
+    for key, (a, b) in layout.factors(row).items():
+        projection = split.projection(key)
+        change = b @ a
+        if key.module not in unseen:
+            with torch.no_grad():
+                projection.weight += change.T if isinstance(projection, Conv1D) else change  # type: ignore[operator]
+    with torch.no_grad():
+        merged = split.logits(split.run(Route(ROWS), ids, None))
+    if not _error(joined.detach(), merged, torch.ones_like(ids, dtype=torch.bool)) <= TOLERANCE:
+        raise ModelError(
+            f"{name} ({split.model.config.model_type}): adapters do not act as the same change of the weights would.",
+            "a projection is used in more than one way; name the ones to adapt in lora.targets.",
+        )
+    return tuple(sorted(unseen))

@@ -222,7 +222,7 @@ class SplitModel(nn.Module):
         self._widths: dict[Key, tuple[int, int]] = {}
         chosen: list[Key] = []
         for index, block in enumerate(blocks):
-            available = projections(block)
+            available = tuple(one for one in projections(block) if one.module not in self.anatomy.bypassed)
             if index not in self.owned and not available:
                 continue
             self._widths.update({Key(index, one.module): (one.inputs, one.outputs) for one in available})
@@ -244,6 +244,11 @@ class SplitModel(nn.Module):
             elif key not in self.keys and isinstance(current, BankLinear):
                 setattr(module, name, current.base)
 
+    def projection(self, key: Key) -> nn.Module:
+        """The frozen projection behind a key of this side."""
+        module = self._blocks[key.block].get_submodule(key.module)
+        return module.base if isinstance(module, BankLinear) else module
+
     def keys_of_all(self) -> dict[Key, tuple[int, int]]:
         """Every adaptable projection with its (input, output) width."""
         return dict(self._widths)
@@ -257,7 +262,8 @@ class SplitModel(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """Type of the frozen weights, and of the hidden states between blocks."""
-        return next(self.model.parameters()).dtype
+        dtype: torch.dtype = next(self.model.parameters()).dtype
+        return dtype
 
     @contextmanager
     def _routed(self, route: Route) -> Iterator[None]:

@@ -108,8 +108,8 @@ class RoundPlan:
 
 @dataclass(frozen=True)
 class Observation:
-    """What happened to one client in one round. `loss` is the token mean over its local steps; `held_out_loss` is of the global
-    model after the round on the client's held-out slice (None when not evaluated)."""
+    """What happened to one client in one round. `loss` is the mean of its local steps' losses, each the mean over that step's
+    targets; `held_out_loss` is of the global model after the round on the client's held-out slice (None when not evaluated)."""
 
     client: int
     round: int

@@ -25,7 +25,7 @@ def seen(client: int, round_index: int, loss: float, held_out: float | None = No
 
 def start(variant: Variant) -> tuple[Policy, Any]:
     policy = variant.build()
-    return policy, policy.init(SHAPE, [DEVICE] * CLIENTS, cost_model())
+    return policy, policy.init(SHAPE, [DEVICE] * CLIENTS, [cost_model(sequence_tokens=8 + client) for client in range(CLIENTS)])
 
 
 HISTORY = st.lists(

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 
 from splitft.apps.export import export
 from splitft.apps.session import FederatedRun
@@ -76,6 +77,44 @@ def test_adapter_and_merged_checkpoint_reproduce_the_evaluation(family: str, tmp
     )
     with pytest.raises(ConfigError, match="not empty"):
         export(run.folder, tmp_path / "merged")
+
+
+def test_a_merge_keeps_the_type_and_the_configuration_of_the_checkpoint(tmp_path: Path) -> None:
+    """However the run computed: bfloat16 weights, dropout off, attention in float32."""
+    config = tiny_config(tmp_path, model={"dtype": "bfloat16"}, engine={"device": "cpu"})
+    facts = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps({**facts, "attn_pdrop": 0.1}))
+    run = finish(config)
+    assert run.assembly.base.dtype == torch.bfloat16
+    merged = export(run.folder, tmp_path / "merged", merged=True)
+    before, after = (load_file(folder / "model.safetensors") for folder in (tmp_path / "model", merged))
+    assert before.keys() == after.keys()
+    assert {tensor.dtype for tensor in after.values()} == {torch.float32}
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    path = run.assembly.base.anatomy.blocks_path
+    assert changed == {f"{path}.{entry.key.block}.{entry.key.module}.weight" for entry in run.assembly.federation.layout.entries}
+    stored = json.loads((merged / "config.json").read_text())
+    assert {name: value for name, value in stored.items() if facts.get(name) != value} == {"attn_pdrop": 0.1}
+    model = tf.AutoModelForCausalLM.from_pretrained(merged)
+    losses = [one["global"]["loss"] for one in evaluations(run)]
+    assert held_out_loss(model, run) == pytest.approx(losses[-1], rel=2e-3)
+    assert abs(losses[-1] - losses[0]) > 4e-3 * losses[0], "the tolerance must be able to tell the runs apart"
+
+
+def test_auto_peft_finds_the_embedded_model(tmp_path: Path) -> None:
+    """The name `embedded` means nothing outside splitft."""
+    config = tiny_config(
+        tmp_path,
+        rounds=1,
+        model={"path": "embedded"},
+        train={"local_steps": 1},
+        clients={"count": 2},
+        policy={"name": "fixed", "cuts": [1, 2]},
+    )
+    run = finish(config)
+    for folder in (run.folder / "adapter", export(run.folder, tmp_path / "exported")):
+        model = AutoPeftModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        assert held_out_loss(model, run) == pytest.approx(evaluations(run)[-1]["global"]["loss"], rel=2e-3)
 
 
 def test_an_exported_adapter_can_be_the_start_of_the_next_run(tmp_path: Path) -> None:

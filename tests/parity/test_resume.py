@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -19,7 +20,7 @@ from splitft.config import RunConfig
 from splitft.engine import checkpoint
 from splitft.errors import CheckpointError, ConfigError, Interrupted
 
-from ..tiny_run import tiny_config
+from ..tiny_run import text_file, tiny_config
 
 WALL = ("wall_s", "utc")
 
@@ -71,14 +72,11 @@ def in_child(work: Any) -> Any:
 
 def attempt(config: RunConfig, folder: Path) -> None:
     """What a user does: start, or resume if there is something to resume."""
-    if (folder / "checkpoints").is_dir() and any((folder / "checkpoints").glob("round-*")):
+    try:
+        train(config)
+    except ConfigError as problem:
+        assert "--resume" in str(problem)  # noqa: PT017 - the remedy is what the user follows
         train(config, folder)
-        return
-    if folder.exists():  # killed before the first checkpoint: nothing to resume, the folder is started anew
-        for path in sorted(folder.rglob("*"), reverse=True):
-            path.rmdir() if path.is_dir() else path.unlink()
-        folder.rmdir()
-    train(config)
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork.*:DeprecationWarning")
@@ -107,16 +105,16 @@ def test_killed_at_ten_random_moments_and_resumed_equals_uninterrupted(reference
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork.*:DeprecationWarning")
-@pytest.mark.parametrize("call", ["fsync", "rename"])
+@pytest.mark.parametrize("call", ["fsync", "rename", "rmtree"])
 def test_killed_before_every_kth_write_to_disk(reference: tuple[RunConfig, Path], tmp_path: Path, call: str) -> None:
     """Every point at which a file or folder becomes permanent, one after the other: the process dies right before it."""
     config, expected = reference
-    for kth in range(1, 99, 2 if call == "fsync" else 1):
+    for kth in range(1, 99):
         folder = tmp_path / f"{call}-{kth}" / config.name
         own = elsewhere(config, folder.parent)
 
         def die_at(own: RunConfig = own, folder: Path = folder, kth: int = kth) -> None:
-            owner: Any = os if call == "fsync" else Path
+            owner: Any = {"fsync": os, "rename": Path, "rmtree": shutil}[call]
             real, count = getattr(owner, call), 0
 
             def counted(*arguments: Any) -> Any:
@@ -132,7 +130,7 @@ def test_killed_before_every_kth_write_to_disk(reference: tuple[RunConfig, Path]
         child = in_child(die_at)
         child.join()
         if child.exitcode == 0:
-            assert kth > 3, "the run writes at fewer points than it should"
+            assert kth > 2, "the run writes at fewer points than it should"
             break
         assert child.exitcode == -signal.SIGKILL
         attempt(own, folder)
@@ -195,8 +193,8 @@ def test_another_thread_count_or_other_data_is_refused(tmp_path: Path) -> None:
             FederatedRun(config.model_copy(update={"engine": config.engine.model_copy(update={"threads": threads + 1})}), folder)
     finally:
         torch.set_num_threads(threads)
-    (tmp_path / "text.txt").write_text("other text here\n\n" * 30 + "and an end")
-    with pytest.raises((CheckpointError, Exception), match=r"data|document"):
+    text_file(tmp_path / "text.txt", seed=5)
+    with pytest.raises(CheckpointError, match="data ="):
         FederatedRun(config, folder)
 
 

@@ -158,6 +158,7 @@ def test_one_fault_one_line(text: str, expected: str) -> None:
         (["clients.profiles=['a','b','c']"], "3 names for 5 clients"),
         (["rounds=2", "train.local_steps=3", "train.warmup_steps=7"], "6 steps"),
         (["tokens.held_out=0.6", "tokens.common_held_out=0.4"], "less than 1"),
+        (["tokens.held_out=0", "tokens.common_held_out=0"], "something to measure"),
     ],
 )
 def test_contradictions(overrides: list[str], expected: str) -> None:

@@ -148,15 +148,24 @@ def device(name: str, flops_per_s: float, memory_bytes: float = 1e9, rate: float
 def test_a_fast_client_goes_deeper_than_a_slow_one() -> None:
     model = cost_model()
     slow, middle, fast = device("slow", 1e7), device("middle", 1e8), device("fast", 1e10)
-    choices = choose_cuts(model, (slow, middle, fast, middle))
+    choices = choose_cuts([model] * 4, (slow, middle, fast, middle))
     cuts = [choice.cut for choice in choices]
     assert cuts[0] == 1
     assert cuts[0] <= cuts[1] < cuts[2] == 6
     assert choices[1] == choices[3]
-    limit_s = SLACK * reference_step_s(model, (slow, middle, fast, middle))
+    limit_s = SLACK * reference_step_s([model] * 4, (slow, middle, fast, middle))
     assert all(choice.limit_s == limit_s for choice in choices)
     assert choices[0].step_s > limit_s  # slower than the limit at every cut: it gets its fastest
     assert all(choice.step_s <= limit_s for choice in choices[1:])
+
+
+def test_clients_are_measured_against_the_median_of_their_own_costs() -> None:
+    costs, device_a = [cost_model(sequence_tokens=tokens) for tokens in (8, 64, 64)], device("a", 1e8)
+    choices = choose_cuts(costs, (device_a,) * 3)
+    assert choices[0].limit_s == choices[1].limit_s == SLACK * reference_step_s([costs[1]], (device_a,))
+    assert choices[0] == choose_cut(costs[0], device_a, reference_step_s(costs, (device_a,) * 3))
+    assert choices[1] == choices[2] == choose_cut(costs[1], device_a)
+    assert choose_cuts([], ()) == ()
 
 
 def test_a_slow_link_makes_blocks_nearly_free() -> None:
@@ -177,7 +186,7 @@ def test_a_device_too_small_for_any_cut_is_refused_by_name() -> None:
     with pytest.raises(ResourceError, match=r"no cut of small fits the device 'badge': the smallest needs \d+ bytes"):
         choose_cut(cost_model(), device("badge", 1e8, memory_bytes=1000))
     with pytest.raises(ResourceError, match="'badge'"):
-        reference_step_s(cost_model(), (DEVICE, device("badge", 1e8, memory_bytes=1000)))
+        reference_step_s([cost_model()] * 2, (DEVICE, device("badge", 1e8, memory_bytes=1000)))
 
 
 def test_cost_model_does_not_need_equal_blocks() -> None:

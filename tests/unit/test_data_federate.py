@@ -213,3 +213,19 @@ def test_a_client_without_documents_is_named() -> None:
 def test_options_are_checked(options: dict[str, Any], wanted: str) -> None:
     with pytest.raises(ConfigError, match=wanted):
         make(texts(20), **options)
+
+
+def test_a_tokenizer_may_know_more_tokens_than_the_model_but_no_text_may_have_them() -> None:
+    documents = [*texts(20), Document((Segment("é" * 30, trained=True),), origin="texts.txt:99")]
+    largest = max(int(made.ids.max()) for _, made in slices(make(documents, clients=1)))
+    assert largest + 1 < len(TOKENIZER)
+    assert make(documents, clients=1, vocabulary=largest + 1).manifest == make(documents, clients=1).manifest
+    with pytest.raises(DataError, match=rf"texts\.txt:99: token {largest} \('.'\) is not in the model's vocabulary of {largest} "):
+        make(documents, clients=1, vocabulary=largest)
+
+
+def test_with_nothing_held_out_by_clients_the_common_slice_must_have_a_row() -> None:
+    copies = [texts(1)[0]] * 8
+    assert not len(make(copies, clients=2, held_out=0, common_held_out=0).common_held_out)
+    with pytest.raises(DataError, match="common held-out slice has no row"):
+        make(copies, clients=2, held_out=0, common_held_out=0.2)

@@ -111,12 +111,21 @@ def test_accuracy_has_the_one_token_shift() -> None:
     assert knowing.tokens == 8 + 4 + 1
 
 
-def test_a_set_without_targets_is_refused_by_number() -> None:
+def test_rows_without_targets_are_refused_by_name() -> None:
     split = split_model("gpt2")
     layout = Layout.of(split.keys, 2, 1.0)
-    for empty in (TokenRows.build([]), random_rows(2, 5, 1, prompt=5)):
-        with pytest.raises(DataError, match="set 1 has no token to predict"):
-            evaluate(split, layout, layout.initial_row(1), [random_rows(1, 5, 1), empty], 4, CPU)
+    for names, said in (((), "set 1"), (("client 0 (ada)", "client 1 (bo)"), r"client 1 \(bo\)")):
+        with pytest.raises(DataError, match=f"rows of {said} have no token to predict"):
+            evaluate(split, layout, layout.initial_row(1), [random_rows(1, 5, 1), random_rows(2, 5, 1, prompt=5)], 4, CPU, names=names)
+
+
+def test_a_set_without_rows_has_no_score_and_does_not_disturb_others() -> None:
+    split = split_model("gpt2")
+    layout = Layout.of(split.keys, 2, 1.0)
+    rows, nothing = random_rows(3, (4, 9), 1), TokenRows.build([])
+    (alone,) = evaluate(split, layout, layout.initial_row(1), [rows], 4, CPU)
+    assert evaluate(split, layout, layout.initial_row(1), [nothing, rows, nothing], 4, CPU) == [None, alone, None]
+    assert evaluate(split, layout, layout.initial_row(1), [nothing], 4, CPU) == [None]
 
 
 def test_a_score_is_token_weighted() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,12 +11,13 @@ import torch
 import transformers as tf
 from safetensors.torch import load_file
 
-from splitft.apps.export import export
-from splitft.apps.session import FederatedRun
+from splitft.apps.export import export, run_layout
+from splitft.apps.session import FederatedRun, write_run_adapter
 from splitft.config import override
 from splitft.engine import checkpoint
-from splitft.errors import AdapterError, CheckpointError, ConfigError
-from splitft.peft_format import WEIGHTS, merge_into, read_adapter
+from splitft.errors import AdapterError, CheckpointError, ConfigError, ModelError
+from splitft.lora import Layout
+from splitft.peft_format import CONFIG, WEIGHTS, merge_into, read_adapter, write_adapter
 
 from ..tiny_run import tiny_config
 
@@ -52,6 +54,43 @@ def test_the_merged_model_opens_in_transformers_and_holds_the_update(run: Federa
     for name, tensor in found.state_dict().items():
         assert torch.equal(tensor, wanted.state_dict()[name].to(tensor.dtype)), name
     assert tf.AutoTokenizer.from_pretrained(folder)("abc").input_ids == run.assembly.base.tokenizer("abc").input_ids
+
+
+def test_an_adapter_is_exported_without_reading_weights(run: FederatedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = load_file(export(run.folder, tmp_path / "whole") / WEIGHTS)
+
+    def refuse(*arguments: object, **options: object) -> None:
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr(tf.GPT2LMHeadModel, "from_pretrained", refuse)
+    found = load_file(export(run.folder, tmp_path / "adapter") / WEIGHTS)
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    with pytest.raises(ModelError, match="weights were read"):
+        export(run.folder, tmp_path / "merged", merged=True)
+
+
+def test_the_layout_of_a_started_adapter_is_found_without_weights(run: FederatedRun, tmp_path: Path) -> None:
+    """Its ranks come from the adapter the run began with, not from the configuration."""
+    split = run.assembly.federation.split
+    keys = {key: width for key, width in split.keys_of_all().items() if key.module == "mlp.c_fc"}
+    layout = Layout.of(keys, {key: 1 + key.block for key in keys}, 0.5)
+    path = run.assembly.base.anatomy.blocks_path
+    folder = write_adapter(tmp_path / "adapter", layout, layout.initial_row(0), path, "base", True)
+    config = override(run.config, [f"lora.adapter={folder}"])
+    assert run_layout(config) == (layout, path, True)
+
+
+def test_the_adapter_names_where_the_base_model_is(run: FederatedRun, tmp_path: Path) -> None:
+    write_run_adapter(tmp_path / "of-run", run.assembly, run._run)
+    for folder in (export(run.folder, tmp_path / "adapter"), tmp_path / "of-run"):
+        facts = json.loads((folder / CONFIG).read_text())
+        assert (facts["base_model_name_or_path"], facts["revision"]) == (run.config.model.path, None)
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    (copy / "checkpoints").symlink_to(run.folder / "checkpoints")
+    (copy / "config.toml").write_text(override(run.config, ["model.revision=v2"]).to_toml())
+    assert json.loads((export(copy, tmp_path / "revised") / CONFIG).read_text())["revision"] == "v2"
 
 
 def test_a_folder_with_something_in_it_is_left_alone(run: FederatedRun, tmp_path: Path) -> None:

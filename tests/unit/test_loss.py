@@ -27,6 +27,7 @@ HEADS: dict[str, tuple[bool, AfterHead, float]] = {
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of 16 positions, so that a small batch has several."""
     monkeypatch.setattr(module, "CHUNK_ELEMENTS", 16 * VOCABULARY)
+    monkeypatch.setattr(module, "CHUNK_MINIMUM", 16)
 
 
 def head_of(case: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Linear, Anatomy]:

@@ -71,7 +71,8 @@ def test_names_and_configuration_are_peft_s(tmp_path: Path) -> None:
     assert (facts["peft_type"], facts["task_type"], facts["r"], facts["lora_alpha"]) == ("LORA", "CAUSAL_LM", 2, 8.0)
     assert facts["target_modules"] == ["mlp.up_proj", "self_attn.q_proj"]
     assert facts["rank_pattern"] == facts["alpha_pattern"] == {}
-    assert facts["base_model_name_or_path"] == "base"
+    assert (facts["base_model_name_or_path"], facts["revision"]) == ("base", None)
+    assert adapter_config(Layout.of(WIDTHS, 2, 4.0), PATH, "base", False, "v2")["revision"] == "v2"
 
 
 def test_the_commonest_rank_is_the_default_and_others_are_patterns() -> None:
@@ -124,6 +125,9 @@ def test_a_missing_or_damaged_file_is_refused_naming_the_folder(tmp_path: Path, 
         read_adapter(folder, PATH)
 
 
+CHANGE_THE_BASE = ("pissa", "pissa_niter_16", "olora", "loftq", "corda", "lora_ga", "of-tomorrow")
+
+
 @pytest.mark.parametrize(
     ("config", "words"),
     [
@@ -133,10 +137,35 @@ def test_a_missing_or_damaged_file_is_refused_naming_the_folder(tmp_path: Path, 
         ({"bias": "all"}, "bias = 'all'"),
         ({"layer_replication": [[0, 4]]}, "layer_replication"),
         ({"lora_bias": True}, "lora_bias"),
+        ({"trainable_token_indices": [3]}, "trainable_token_indices"),
+        ({"target_parameters": ["mlp.experts.gate_up_proj"]}, "target_parameters"),
+        ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens"),
+        ({"use_qalora": True, "qalora_group_size": 16}, "use_qalora"),
+        ({"use_bdlora": {"nblocks": 2}}, "use_bdlora"),
+        *(({"init_lora_weights": name}, f"init_lora_weights = '{name}'") for name in CHANGE_THE_BASE),
     ],
 )
 def test_what_is_not_plain_lora_is_refused_by_name(tmp_path: Path, config: dict[str, Any], words: str) -> None:
     with pytest.raises(AdapterError, match=words):
+        read_adapter(stored(tmp_path / "adapter", **config), PATH)
+
+
+@pytest.mark.parametrize("start", [True, False, None, "gaussian", "eva", "orthogonal", "Gaussian"])
+def test_what_leaves_the_base_alone_is_read_and_unset_features_do_not_count(tmp_path: Path, start: Any) -> None:
+    unset = {"target_parameters": None, "trainable_token_indices": None, "alora_invocation_tokens": None, "use_qalora": False}
+    folder = stored(tmp_path / "adapter", init_lora_weights=start, qalora_group_size=16, modules_to_save=[], loftq_config={}, **unset)
+    assert set(read_adapter(folder, PATH).factors) == set(WIDTHS)
+
+
+def test_an_adapter_of_a_changed_base_is_refused_with_the_way_to_convert_it(tmp_path: Path) -> None:
+    with pytest.raises(AdapterError) as caught:
+        read_adapter(stored(tmp_path / "adapter", init_lora_weights="pissa"), PATH)
+    assert "path_initial_model_for_weight_conversion" in caught.value.remedy
+
+
+@pytest.mark.parametrize("config", [{"lora_alpha": "x"}, {"lora_alpha": math.inf}, {"alpha_pattern": {"(": 2}}])
+def test_a_wrong_scale_is_refused_naming_the_folder(tmp_path: Path, config: dict[str, Any]) -> None:
+    with pytest.raises(AdapterError, match=str(tmp_path / "adapter")):
         read_adapter(stored(tmp_path / "adapter", **config), PATH)
 
 

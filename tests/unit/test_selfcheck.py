@@ -13,7 +13,8 @@ from transformers.models.llama import modeling_llama
 
 from splitft import split as split_module
 from splitft.errors import ModelError
-from splitft.selfcheck import TINY_BLOCKS, build_random, inspect_family, loud, refuse_unsupported, shrink, without_dropout
+from splitft.models.anatomy import without_dropout
+from splitft.selfcheck import TINY_BLOCKS, build_random, inspect_family, loud, refuse_unsupported, shrink
 
 from ..support import FAMILIES
 

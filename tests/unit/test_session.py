@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from splitft.adapt.choose import choose_cuts
 from splitft.apps.session import FederatedRun, stoppable
 from splitft.config import RunConfig, load_config
 from splitft.engine import checkpoint
@@ -19,6 +20,7 @@ from splitft.engine.journal import Journal
 from splitft.errors import CheckpointError, ConfigError, Interrupted
 from splitft.peft_format import read_adapter
 
+from ..data_tokenizer import byte_tokenizer
 from ..tiny_run import tiny_config
 
 
@@ -186,23 +188,79 @@ def test_the_round_s_numbers_reach_the_disk_before_the_record_is_yielded(tmp_pat
     assert Journal(run.folder, state.journal_bytes).bytes == state.journal_bytes
 
 
+@pytest.mark.parametrize("share", ["held_out", "common_held_out"])
+def test_without_one_kind_of_held_out_rows_a_run_and_its_report_are_whole(share: str, tmp_path: Path) -> None:
+    """Without the clients' own rows they have no score; without the common ones the global score is theirs together."""
+    run = FederatedRun(small(tmp_path, tokens={share: 0}, evaluate={"max_rows": 0}))
+    records = list(run.rounds())
+    run.finish()
+    run.close()
+    for record in records:
+        assert record.evaluation is not None
+        clients = record.evaluation["clients"]
+        assert [one["client"] for one in clients] == ([] if share == "held_out" else [0, 1])
+        assert record.evaluation["global"]["tokens"] == sum(one["tokens"] for one in clients) or share == "held_out"
+        assert record.evaluation["global"]["tokens"] > 0
+    assert all(state["held_out_loss"] is None or share != "held_out" for state in run.state.observations)
+    assert "perplexity" in (run.folder / "report.html").read_text("utf-8")
+    assert [row["round"] for row in run.metrics()] == [0, 1, 2]
+
+
+def test_derived_cuts_use_every_client_s_own_row_length(tmp_path: Path) -> None:
+    lines = ["word"] * 30 + ["a much longer line of many more words than that"] * 30
+    folder = tmp_path / "clients"
+    folder.mkdir()
+    for name, part in (("long", lines[30:]), ("short", lines[:30])):
+        (folder / f"{name}.txt").write_text("\n\n".join(f"{text} {number}" for number, text in enumerate(part)), "utf-8")
+    (tmp_path / "profiles.toml").write_text('[slow]\nlike = "laptop"\nflops_per_s = 1e8\nlatency_s = 0\n', "utf-8")
+    run = FederatedRun(
+        small(
+            tmp_path,
+            data={"name": "folder", "path": str(folder)},
+            partition={"name": "files"},
+            tokens={"packing": "documents", "block_tokens": 48},
+            policy={"name": "fixed"},
+            clients={"count": 2, "profiles": ["slow"], "profiles_file": str(tmp_path / "profiles.toml")},
+        )
+    )
+    built = run.assembly
+    assert built.costs[0].sequence_tokens > 3 * built.costs[1].sequence_tokens
+    assert run.state.policy == {"cuts": [choice.cut for choice in choose_cuts(built.costs, built.profiles)]}
+    assert run.state.policy["cuts"] != [choice.cut for choice in choose_cuts(built.costs[:1] * 2, built.profiles)]
+    run.close()
+
+
+def test_a_tokenizer_with_a_token_no_text_has_is_accepted(tmp_path: Path) -> None:
+    """Gemma 3's knows a token for images that its text model has no row for."""
+    config = small(tmp_path)
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens("<image_soft_token>", special_tokens=True)
+    tokenizer.save_pretrained(tmp_path / "model")
+    run = FederatedRun(config)
+    assert len(run.assembly.base.tokenizer) == run.assembly.shape.vocabulary + 1
+    run.close()
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_stops_after_the_step_and_handlers_are_put_back(number: signal.Signals, tmp_path: Path) -> None:
-    before = signal.getsignal(number)
-    with stoppable(lambda: tmp_path / "run") as check:
+    before, said = signal.getsignal(number), []
+    (tmp_path / "run" / "checkpoints" / "round-00001").mkdir(parents=True)
+    with stoppable(tmp_path / "run", said.append) as check:
         check()
         os.kill(os.getpid(), number)
         with pytest.raises(Interrupted, match="last finished round is on disk") as caught:
             check()
     assert str(tmp_path / "run") in caught.value.remedy
+    assert len(said) == 1
     assert signal.getsignal(number) is before
 
 
 def test_a_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
     def impatient() -> None:
-        with stoppable(lambda: tmp_path):
+        with stoppable(tmp_path):
             os.kill(os.getpid(), signal.SIGINT)
             os.kill(os.getpid(), signal.SIGINT)
 
-    with pytest.raises(Interrupted, match="Stopped at once"):
+    with pytest.raises(Interrupted, match="Stopped at once") as caught:
         impatient()
+    assert "nothing was trained yet" in caught.value.remedy

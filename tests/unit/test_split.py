@@ -16,8 +16,9 @@ from splitft.engine.workers import WorkersExecutor
 from splitft.errors import AdapterError
 from splitft.lora import AdapterBank, Layout
 from splitft.loss import Targets, training_loss
+from splitft.models.anatomy import without_dropout
 from splitft.rng import torch_stream
-from splitft.selfcheck import inspect_family, loud, without_dropout
+from splitft.selfcheck import inspect_family, loud
 from splitft.split import Route, SplitModel, first_rows
 from splitft.transport.inproc import InProcess
 from splitft.types import Key, Plan, RoundPlan

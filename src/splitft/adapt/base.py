@@ -23,8 +23,9 @@ class Policy(ABC):
     references: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
-    def init(self, shape: ModelShape, profiles: Sequence[Profile], costs: CostModel) -> State:
-        """The state before the first round. `profiles` has one entry per client, in client order.
+    def init(self, shape: ModelShape, profiles: Sequence[Profile], costs: Sequence[CostModel]) -> State:
+        """The state before the first round. `profiles` and `costs` have one entry per client, in client order; the cost models differ
+        in the length of the clients' rows only.
 
         Raises ConfigError for fields that do not suit this model or number of clients, ResourceError for a device no cut fits.
         """

@@ -11,9 +11,9 @@ The time a client queues for the server is not in the rule.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 from splitft.adapt.cost import CostModel, PlanCost, step_seconds
 from splitft.errors import ResourceError
@@ -23,6 +23,7 @@ MEMORY_SHARE = 0.5
 SLACK = 1.25
 
 Limit = Literal["blocks", "memory", "time"]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -39,12 +40,12 @@ class CutChoice:
     budget_bytes: float
 
 
-def reference_step_s(costs: CostModel, profiles: Sequence[Profile]) -> float:
+def reference_step_s(costs: Sequence[CostModel], profiles: Sequence[Profile]) -> float:
     """Seconds a step takes the median client (of one or more) at its own fastest cut that fits its memory.
 
-    Raises ResourceError naming a device that no cut fits.
+    `costs` and `profiles` have one entry per client. Raises ResourceError naming a device that no cut fits.
     """
-    return _reference_s(costs.every_cut(), costs, profiles)
+    return statistics.median(_each_client(costs, profiles, _fastest_s))
 
 
 def choose_cut(costs: CostModel, profile: Profile, reference_s: float | None = None) -> CutChoice:
@@ -53,16 +54,16 @@ def choose_cut(costs: CostModel, profile: Profile, reference_s: float | None = N
     Raises ResourceError if even cut 1 does not fit.
     """
     options = costs.every_cut()
-    reference_s = _reference_s(options, costs, (profile,)) if reference_s is None else reference_s
+    reference_s = _fastest_s(options, costs, profile) if reference_s is None else reference_s
     return _choose(options, costs, profile, reference_s)
 
 
-def choose_cuts(costs: CostModel, profiles: Sequence[Profile]) -> tuple[CutChoice, ...]:
-    """The cuts of a whole run, one per client, measured against its median client; equal devices get equal cuts."""
-    options = costs.every_cut()
-    reference_s = _reference_s(options, costs, profiles)
-    by_profile = {profile: _choose(options, costs, profile, reference_s) for profile in set(profiles)}
-    return tuple(by_profile[profile] for profile in profiles)
+def choose_cuts(costs: Sequence[CostModel], profiles: Sequence[Profile]) -> tuple[CutChoice, ...]:
+    """The cuts of a whole run, one per client, measured against its median client; equal devices with equal costs get equal cuts."""
+    if not profiles:
+        return ()
+    reference_s = reference_step_s(costs, profiles)
+    return tuple(_each_client(costs, profiles, lambda options, cost, profile: _choose(options, cost, profile, reference_s)))
 
 
 def memory_budget_bytes(profile: Profile) -> float:
@@ -70,12 +71,18 @@ def memory_budget_bytes(profile: Profile) -> float:
     return MEMORY_SHARE * profile.memory_bytes
 
 
-def _reference_s(options: Sequence[PlanCost], costs: CostModel, profiles: Sequence[Profile]) -> float:
-    fastest_s = {
-        profile: min(step_seconds(option, profile, costs.server).total_s for option in _fitting(options, costs, profile))
-        for profile in set(profiles)
-    }
-    return statistics.median(fastest_s[profile] for profile in profiles)
+def _each_client(
+    costs: Sequence[CostModel], profiles: Sequence[Profile], figure: Callable[[Sequence[PlanCost], CostModel, Profile], T]
+) -> list[T]:
+    """`figure` of every client's (all cuts' costs, cost model, profile), worked out once for clients that are alike."""
+    clients = list(zip(costs, profiles, strict=True))
+    options = {cost: cost.every_cut() for cost in dict.fromkeys(costs)}
+    figures = {(cost, profile): figure(options[cost], cost, profile) for cost, profile in dict.fromkeys(clients)}
+    return [figures[client] for client in clients]
+
+
+def _fastest_s(options: Sequence[PlanCost], costs: CostModel, profile: Profile) -> float:
+    return min(step_seconds(option, profile, costs.server).total_s for option in _fitting(options, costs, profile))
 
 
 def _fitting(options: Sequence[PlanCost], costs: CostModel, profile: Profile) -> list[PlanCost]:

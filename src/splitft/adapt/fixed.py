@@ -32,25 +32,26 @@ class Fixed(Policy):
             if isinstance(cut, bool) or not isinstance(cut, int):
                 raise ConfigError(f"policy.cuts[{position}] is {cut!r}; allowed are whole numbers.", "Write cuts such as [2] or [1, 2, 4].")
 
-    def init(self, shape: ModelShape, profiles: Sequence[Profile], costs: CostModel) -> State:
+    def init(self, shape: ModelShape, profiles: Sequence[Profile], costs: Sequence[CostModel]) -> State:
         clients = len(profiles)
         if not self.cuts:
-            return {"cuts": [choice.cut for choice in choose_cuts(costs, profiles)] if clients else []}
+            return {"cuts": [choice.cut for choice in choose_cuts(costs, profiles)]}
         if len(self.cuts) not in (1, clients):
             raise ConfigError(
                 f"policy.cuts has {len(self.cuts)} entries for {clients} clients; allowed are one for all or one per client.",
                 f"Give 1 or {clients} cuts, or leave policy.cuts empty to have them derived.",
             )
+        deepest, tail_blocks = costs[0].deepest_cut, costs[0].tail_blocks  # the same for every client
         problems = tuple(
-            f"policy.cuts[{position}] is {cut}; allowed is 1..{costs.deepest_cut}"
+            f"policy.cuts[{position}] is {cut}; allowed is 1..{deepest}"
             for position, cut in enumerate(self.cuts)
-            if not 1 <= cut <= costs.deepest_cut
+            if not 1 <= cut <= deepest
         )
         if problems:
-            tail = f", of which {costs.tail_blocks} stay behind the server on the client" if costs.tail_blocks else ""
+            tail = f", of which {tail_blocks} stay behind the server on the client" if tail_blocks else ""
             raise ConfigError(
                 f"policy.cuts does not suit {shape.name}, which has {len(shape.blocks)} blocks{tail}: {problems[0]}.",
-                f"Choose cuts from 1 to {costs.deepest_cut}.",
+                f"Choose cuts from 1 to {deepest}.",
                 problems,
             )
         return {"cuts": list(self.cuts if len(self.cuts) == clients else self.cuts * clients)}

@@ -29,7 +29,7 @@ from splitft.engine.cohort import CohortExecutor
 from splitft.engine.rounds import Executor, Rules
 from splitft.engine.settings import Federation, TrainSettings
 from splitft.engine.workers import WorkersExecutor
-from splitft.errors import ConfigError, ModelError, ResourceError
+from splitft.errors import ConfigError, ResourceError
 from splitft.lora import Layout
 from splitft.models.anatomy import describe
 from splitft.models.attention import register as register_attention
@@ -58,7 +58,7 @@ class Components:
 
 @dataclass(frozen=True)
 class Base:
-    """The base model of a run: configuration, tokenizer, anatomy, dtype and attention that will be used."""
+    """The base model of a run: configuration, tokenizer, anatomy, dtype and attention (a plainer one where the family lacks it)."""
 
     config: PretrainedConfig
     tokenizer: PreTrainedTokenizerBase
@@ -132,16 +132,10 @@ def load_base(config: RunConfig) -> Base:
     model_config = load_model_config(config.model.path, config.model.revision)
     tokenizer = load_tokenizer(config.model.path, config.model.revision)
     attention: str = config.model.attention
-    anatomy = inspect_family(model_config, config.model.path, attention, config.model.self_check)
     if dtype == torch.bfloat16 and device.type == "cpu" and attention == "sdpa":
         attention = register_attention()
-    text = model_config.get_text_config()
-    if len(tokenizer) > text.vocab_size:
-        raise ModelError(
-            f"the tokenizer of {config.model.path!r} has {len(tokenizer)} tokens, the model {text.vocab_size}.",
-            "use the tokenizer the model was trained with.",
-        )
-    positions = int(getattr(text, "max_position_embeddings", 0) or 0)
+    anatomy = inspect_family(model_config, config.model.path, attention, config.model.self_check)
+    positions = int(getattr(model_config.get_text_config(), "max_position_embeddings", 0) or 0)
     if positions and config.tokens.block_tokens > positions:
         raise ConfigError(
             f"tokens.block_tokens is {config.tokens.block_tokens}; {config.model.path!r} has {positions} positions.",
@@ -187,6 +181,7 @@ def assemble(config: RunConfig, on_stage: OnStage = lambda name: None) -> Assemb
         config.tokens.block_tokens,
         config.tokens.held_out,
         config.tokens.common_held_out,
+        vocabulary=int(base.config.get_text_config().vocab_size),
     )
     on_stage("load the model")
     split, shape, _ = load_split(config, base)
@@ -286,7 +281,7 @@ def identity_of(config: RunConfig, split: SplitModel, data: FederatedData, layou
     """What a checkpoint must find again to be resumed: weights, data, layout, and whatever else changes numbers."""
     digest = hashlib.sha256()
     for name, parameter in split.model.named_parameters():
-        head = parameter.detach().reshape(-1)[:1024].double().cpu()
+        head = parameter.detach().reshape(-1)[:1024].cpu().double()
         digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}{head.sum().item()!r}{head.square().sum().item()!r}".encode())
     columns = hashlib.sha256(repr([(str(e.key), e.inputs, e.outputs, e.rank, e.scale) for e in layout.entries]).encode())
     manifest = hashlib.sha256(json.dumps(data.manifest, sort_keys=True).encode())

@@ -61,6 +61,7 @@ def prepare_process(configured_threads: int = 0) -> Threads:
     os.environ["OMP_NUM_THREADS"] = str(threads.number)
     for name, value in {
         "OMP_WAIT_POLICY": "PASSIVE",
+        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # what CUDA needs for repeatable matrix products
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "TRANSFORMERS_VERBOSITY": "error",
         "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",

@@ -79,11 +79,11 @@ def execute(config: RunConfig, *, resume: Path | None = None, quiet: bool = Fals
     console = Console(stderr=True)
     display = Display(console, config.rounds, quiet)
     folder = resume or Path(config.run.folder) / config.name
-    with stoppable(lambda: folder) as check, display.progress:
+    with stoppable(folder, lambda text: display.progress.console.print(text, style="yellow")) as check, display.progress:
 
         def listen(event: str, facts: dict[str, Any]) -> None:
             display.listen(event, facts)
-            if event == "step":
+            if event in ("step", "stage"):
                 check()
 
         run = FederatedRun(config, resume, listen)

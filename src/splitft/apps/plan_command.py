@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from rich.console import Console
+from rich.text import Text
 from transformers import AutoModelForCausalLM
 
 from splitft.adapt.choose import reference_step_s
@@ -12,6 +15,7 @@ from splitft.apps.plan import plan_table, render_plan
 from splitft.config import RunConfig
 from splitft.lora import Layout
 from splitft.models.anatomy import describe, select_targets
+from splitft.peft_format import read_adapter
 from splitft.types import Key, ModelShape
 
 
@@ -24,20 +28,32 @@ def widths_of(shape: ModelShape, targets: str | list[str]) -> dict[Key, tuple[in
     }
 
 
+def planned_layout(config: RunConfig, shape: ModelShape, blocks_path: str) -> Layout:
+    """The adapters the run would train: those of the configuration, or of the PEFT adapter it starts from, with their own ranks."""
+    if config.lora.adapter:
+        return read_adapter(Path(config.lora.adapter), blocks_path).layout(widths_of(shape, "all"))
+    targets = config.lora.targets if isinstance(config.lora.targets, str) else list(config.lora.targets)
+    return Layout.of(widths_of(shape, targets), config.lora.rank, config.lora.alpha / config.lora.rank)
+
+
 def show_plan(config: RunConfig) -> None:
-    """Print a table for each device profile of the configuration. The model is built without weights and no data is read."""
+    """Print a table for each device profile of the configuration. The model is built without weights and no data is read.
+
+    So every row counts as full, and where the data decide how many clients there are (`clients.count` = 0) there is one per profile.
+    """
     components = build_components(config)
     base = load_base(config)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(base.config)
     shape = describe(model, config.model.path)
-    targets = config.lora.targets if isinstance(config.lora.targets, str) else list(config.lora.targets)
-    layout = Layout.of(widths_of(shape, targets), config.lora.rank, config.lora.alpha / config.lora.rank)
-    profiles, server = device_profiles(config, config.clients.count or 1)
+    layout = planned_layout(config, shape, base.anatomy.blocks_path)
+    profiles, server = device_profiles(config, config.clients.count or len(config.clients.profiles))
     costs = cost_model(config, shape, server, components, layout, base, config.tokens.block_tokens)
     console = Console()
-    reference_s = reference_step_s(costs, profiles)
+    reference_s = reference_step_s([costs] * len(profiles), profiles)
     for profile in dict.fromkeys(profiles):
         step = f"{config.train.batch_size} x {config.tokens.block_tokens} tokens a step"
         title = f"{config.model.path} on {profile.name}, server {server.name}, {step}"
         render_plan(plan_table(costs, profile, reference_s), console, title)
+    note = f"No data were read: every row counts as full ({config.tokens.block_tokens} tokens). A run takes each client's mean row length."
+    console.print(Text(note, style="dim"))

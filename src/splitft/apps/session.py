@@ -16,11 +16,12 @@ from splitft import __version__
 from splitft.apps.assemble import Assembly, assemble
 from splitft.apps.report_files import write_atomically
 from splitft.clock import utc_now
-from splitft.config import RunConfig
+from splitft.config import RunConfig, load_config
 from splitft.engine import checkpoint
 from splitft.engine.journal import Journal
 from splitft.engine.rounds import RoundRecord, Run, run_rounds
 from splitft.errors import CheckpointError, ConfigError, Interrupted
+from splitft.models.load import resolve
 from splitft.peft_format import write_adapter
 from splitft.types import ModelShape
 
@@ -44,9 +45,9 @@ class FederatedRun:
         self.config = config
         try:
             torch.set_num_threads(config.engine.threads or torch.get_num_threads())
-            if config.engine.deterministic and torch.cuda.is_available():
-                torch.use_deterministic_algorithms(True, warn_only=True)
             self.assembly = assemble(config, lambda name: listen("stage", {"name": name}))
+            if config.engine.deterministic and self.assembly.base.device.type == "cuda":
+                torch.use_deterministic_algorithms(True, warn_only=True)
             self._run = self._resume() if resume is not None else self._start()
         except BaseException:
             self.close()
@@ -54,7 +55,7 @@ class FederatedRun:
 
     def _claim(self, fresh: bool) -> None:
         """Take the folder for this process. Raises ConfigError for one that is taken by an earlier run, CheckpointError for one in use."""
-        if fresh and (self.folder / "journal.jsonl").exists():
+        if fresh and checkpoint.exists(self.folder):
             raise ConfigError(
                 f"the run folder {self.folder} exists already.",
                 f"continue it with: splitft run --resume {self.folder}; or choose another --name.",
@@ -75,7 +76,7 @@ class FederatedRun:
         built = self.assembly
         write_atomically(self.folder / "config.toml", self.config.to_toml().encode())
         write_atomically(self.folder / "manifest.json", (json.dumps(built.data.manifest) + "\n").encode())
-        policy_state = built.components.policy.init(built.shape, built.profiles, built.costs[0])
+        policy_state = built.components.policy.init(built.shape, built.profiles, built.costs)
         state = checkpoint.RunState(
             round=0,
             adapters=built.start,
@@ -97,9 +98,15 @@ class FederatedRun:
     def _resume(self) -> Run:
         state = checkpoint.load(checkpoint.newest(self.folder))
         checkpoint.require_same(state.identity, self.assembly.identity, self.folder)
+        changed = changed_fields(load_config(self.folder / "config.toml"), self.config)
+        if refused := [name for name in changed if name.split(".")[0] in ("policy", "aggregator")]:
+            raise ConfigError(
+                f"{refused[0]} cannot change when a run is resumed: its state in the checkpoint belongs to the old value.",
+                "leave it out, or start a new run.",
+            )
         write_atomically(self.folder / "config.toml", self.config.to_toml().encode())
         journal = Journal(self.folder, state.journal_bytes)
-        journal.append({"event": "resumed", "round": state.round, "utc": utc_now()})
+        journal.append({"event": "resumed", "round": state.round, "utc": utc_now(), "changed": changed})
         return self._make(state, journal)
 
     def _make(self, state: checkpoint.RunState, journal: Journal) -> Run:
@@ -165,13 +172,28 @@ class FederatedRun:
         self._lock.close()
 
 
+def changed_fields(before: RunConfig, now: RunConfig) -> dict[str, Any]:
+    """Dotted names and new values of the fields in which two configurations differ; where and how long a run is kept does not count."""
+
+    def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for name, value in values.items():
+            found.update(flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value})
+        return found
+
+    old, new = flat(before.model_dump(mode="json")), flat(now.model_dump(mode="json"))
+    return {
+        name: new.get(name) for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name) and not name.startswith("run.")
+    }
+
+
 def write_run_adapter(folder: Path, built: Assembly, run: Run) -> Path:
     """The global adapters after the last round as a PEFT folder."""
     from transformers.pytorch_utils import Conv1D
 
-    layout, anatomy = built.federation.layout, built.base.anatomy
+    layout, anatomy, model = built.federation.layout, built.base.anatomy, built.config.model
     transposed = any(isinstance(module, Conv1D) for module in built.federation.split.model.modules())
-    return write_adapter(folder, layout, run.state.adapters, anatomy.blocks_path, built.config.model.path, transposed)
+    return write_adapter(folder, layout, run.state.adapters, anatomy.blocks_path, resolve(model.path), transposed, model.revision)
 
 
 def started_event(built: Assembly, state: checkpoint.RunState) -> dict[str, Any]:
@@ -228,10 +250,10 @@ def parameters_of(shape: ModelShape) -> int:
 
 
 @contextmanager
-def stoppable(folder: Callable[[], Path]) -> Iterator[Callable[[], None]]:
+def stoppable(folder: Path, say: Callable[[str], None] = lambda text: None) -> Iterator[Callable[[], None]]:
     """Turn Ctrl-C and SIGTERM into a stop after the current step. Yields a check to call after every step; it raises Interrupted.
 
-    A second Ctrl-C stops at once.
+    The first signal is acknowledged through `say`, a second one stops at once. The remedy names what can be done: resume, or start again.
     """
     asked = False
 
@@ -240,18 +262,21 @@ def stoppable(folder: Callable[[], Path]) -> Iterator[Callable[[], None]]:
         if asked:
             raise KeyboardInterrupt
         asked = True
+        say("stopping after this step; once more to stop at once")
+
+    def remedy() -> str:
+        begun = checkpoint.exists(folder)
+        return f"go on with: splitft run --resume {folder}" if begun else "nothing was trained yet: start it again when you like."
 
     def check() -> None:
         if asked:
-            raise Interrupted(
-                "Stopped; everything up to the last finished round is on disk.", f"go on with: splitft run --resume {folder()}"
-            )
+            raise Interrupted("Stopped; everything up to the last finished round is on disk.", remedy())
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield check
     except KeyboardInterrupt as problem:
-        raise Interrupted("Stopped at once.", f"go on with: splitft run --resume {folder()}") from problem
+        raise Interrupted("Stopped at once; everything up to the last finished round is on disk.", remedy()) from problem
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

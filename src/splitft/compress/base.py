@@ -122,7 +122,8 @@ class Codec(ABC):
 
 def require_finite(tensor: Tensor, where: str) -> None:
     """CodecError when a value is NaN or infinite; the message counts them."""
-    if bool(torch.isfinite(tensor).all()):
+    # A finite sum has only finite terms; only a sum that overflowed needs the second look.
+    if bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all()):
         return
     bad = int(tensor.numel() - torch.isfinite(tensor).sum())
     kind = "NaN" if bool(torch.isnan(tensor).any()) else "infinite"
@@ -137,6 +138,12 @@ def to_bytes(tensor: Tensor) -> memoryview:
     flat = tensor.detach().to("cpu").contiguous().reshape(-1)
     array: Any = flat.view(torch.uint8).numpy()
     return memoryview(array)
+
+
+def equal_packets(codec: int, tensor: Tensor, encoded: Tensor) -> list[Packet]:
+    """One packet for each client of `tensor` [n ..], whose payload is that client's part of `encoded` [n ..]: one pass over the bytes."""
+    payload, size, shape = to_bytes(encoded), encoded[0].numel() * encoded.itemsize, tuple(tensor.shape[1:])
+    return [Packet(codec, tensor.dtype, shape, payload[k * size : (k + 1) * size]) for k in range(len(tensor))]
 
 
 def from_bytes(payload: bytes | memoryview, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:

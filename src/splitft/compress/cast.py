@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -9,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from splitft.compress.base import HEADER_BYTES, Codec, Packet, State, from_bytes, require_finite, to_bytes
+from splitft.compress.base import HEADER_BYTES, Codec, Packet, State, equal_packets, from_bytes, require_finite, to_bytes
 from splitft.errors import CodecError, ConfigError
 
 TYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -44,16 +45,11 @@ class Cast(Codec):
         return values, state
 
     def packet_bytes(self, shape: Sequence[int], dtype: torch.dtype) -> int:
-        count = 1
-        for size in shape:
-            count *= size
-        return HEADER_BYTES + count * TYPES[self.dtype].itemsize
+        return HEADER_BYTES + math.prod(shape) * TYPES[self.dtype].itemsize
 
     def encode_batch(
         self, tensor: Tensor, states: Sequence[State], generators: Sequence[torch.Generator | None]
     ) -> tuple[list[Packet], list[State]]:
         narrow = tensor.detach().to(TYPES[self.dtype])
         require_finite(narrow, f"cast to {self.dtype}")
-        payload, size = to_bytes(narrow), narrow[0].numel() * narrow.itemsize
-        shape = tuple(tensor.shape[1:])
-        return [Packet(self.number, tensor.dtype, shape, payload[k * size : (k + 1) * size]) for k in range(tensor.shape[0])], list(states)
+        return equal_packets(self.number, tensor, narrow), list(states)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -9,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from splitft.compress.base import HEADER_BYTES, Codec, Packet, State, from_bytes, require_finite, to_bytes
+from splitft.compress.base import HEADER_BYTES, Codec, Packet, State, equal_packets, from_bytes, require_finite, to_bytes
 from splitft.errors import CodecError
 
 
@@ -35,14 +36,10 @@ class Identity(Codec):
         return tensor, state
 
     def packet_bytes(self, shape: Sequence[int], dtype: torch.dtype) -> int:
-        count = 1
-        for size in shape:
-            count *= size
-        return HEADER_BYTES + count * dtype.itemsize
+        return HEADER_BYTES + math.prod(shape) * dtype.itemsize
 
     def encode_batch(
         self, tensor: Tensor, states: Sequence[State], generators: Sequence[torch.Generator | None]
     ) -> tuple[list[Packet], list[State]]:
         require_finite(tensor, "tensor to send")
-        payload, size, shape = to_bytes(tensor), tensor[0].numel() * tensor.itemsize, tuple(tensor.shape[1:])
-        return [Packet(self.number, tensor.dtype, shape, payload[k * size : (k + 1) * size]) for k in range(tensor.shape[0])], list(states)
+        return equal_packets(self.number, tensor, tensor), list(states)

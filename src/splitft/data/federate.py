@@ -32,18 +32,22 @@ def federate(
     held_out: float = 0.1,
     common_held_out: float = 0.05,
     names: Sequence[str] = (),
+    vocabulary: int | None = None,
 ) -> FederatedData:
     """Give every client its rows.
 
     First the share `common_held_out` of all documents is put aside, then the rest is divided by `partition`, then of each
     client's documents the share `held_out`, at least one. Slices are drawn by document and copies of one text stay on one
-    side, so no client is tested on what it trained. `names` replace the partition's names. DataError if a client has no row.
+    side, so no client is tested on what it trained. `names` replace the partition's names. DataError if a client has no row, and for
+    a token the model does not know: `vocabulary` is how many it knows (None: not checked).
     """
     _check_options(packing, held_out, common_held_out)
     listed = list(documents)
     if not listed:
         raise DataError("The data source gave no document.", "Check its path and fields.")
     tokens = tokenise(listed, tokenizer)
+    if vocabulary is not None:
+        _check_vocabulary(listed, tokens, tokenizer, vocabulary)
     shares = _Shares(listed, tokens, packing, block_tokens, seed)
     everything = np.arange(len(listed))
     common, rest = shares.hold_out(everything, common_held_out, "common-held-out")
@@ -60,6 +64,8 @@ def federate(
         records.append(record)
     edges, histograms, skew = _length_skew([shares.lengths[rest[part]] for part in parts])
     common_rows = shares.make(common)
+    if common_held_out and not held_out and not len(common_rows):
+        raise DataError("The common held-out slice has no row, and clients hold nothing out.", "Use more data, or set tokens.held_out.")
     manifest = {
         "partition": {"name": partition.name, **(asdict(partition) if is_dataclass(partition) else {})},
         "seed": seed,
@@ -163,6 +169,20 @@ def _check_options(packing: str, held_out: float, common_held_out: float) -> Non
     for field, value in (("held_out", held_out), ("common_held_out", common_held_out)):
         if not 0 <= value <= 0.9:
             raise ConfigError(f"tokens.{field} is {value}.", "Give a share from 0 (none) to 0.9.")
+
+
+def _check_vocabulary(
+    documents: Sequence[Document], tokens: Sequence[TokenDocument], tokenizer: PreTrainedTokenizerBase, vocabulary: int
+) -> None:
+    """No token beyond the model's. The tokenizer may know more as long as no document has them: Gemma 3's has one for images."""
+    for document, made in zip(documents, tokens, strict=True):
+        largest = int(made.ids.max(initial=0))
+        if largest >= vocabulary:
+            raise DataError(
+                f"{document.origin}: token {largest} ({tokenizer.convert_ids_to_tokens(largest)!r}) is not in the model's vocabulary of "
+                f"{vocabulary} (0..{vocabulary - 1}).",
+                "Use the tokenizer the model was trained with, or remove the text that gives this token.",
+            )
 
 
 def _check_documents(documents: Sequence[Document], rest: Ints, partition: Partition, clients: int, each: int) -> None:

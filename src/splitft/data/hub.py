@@ -7,13 +7,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from splitft.data.base import Document, Source
-from splitft.data.records import Form, RecordFields
+from splitft.data.base import Document
+from splitft.data.records import Form, Located, RecordFields
 from splitft.errors import DataError, MissingExtraError
 
 
 @dataclass(frozen=True)
-class HubDataset(Source):
+class HubDataset(RecordFields, Located):
     """A data set opened with the library `datasets` (extra "data"); the one source that may use the network.
 
     `path`, `config_name`, `split` and `revision` go to `load_dataset`. Fields and forms are those of source "jsonl". Code of the
@@ -22,25 +22,17 @@ class HubDataset(Source):
 
     name: ClassVar[str] = "hub"
 
-    path: str
     split: str = "train"
     config_name: str = ""
     revision: str = ""
-    text: str = "text"
-    prompt: str = "prompt"
-    completion: str = "completion"
-    messages: str = "messages"
-    owner: str = ""
-    joint: str = "\n"
 
     def documents(self) -> Iterator[Document]:
-        fields = RecordFields(self.text, self.prompt, self.completion, self.messages, self.owner, self.joint)
         form: Form | None = None
         empty = True
         for number, record in enumerate(self._load(), start=1):
             origin = f"{self.path}[{self.split}]:{number}"
-            form = form or fields.form(record, origin)
-            document = fields.document(record, form, origin, self.path)
+            form = form or self.form(record, origin)
+            document = self.document(record, form, origin, self.path)
             if document is not None:
                 empty = False
                 yield document

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from splitft.data.base import Document, Source
+from splitft.data.base import Document
 from splitft.data.files import SOURCE_BYTES, Budget, DataFile, find_files, read_lines
-from splitft.data.records import Form, RecordFields
+from splitft.data.records import Form, Located, RecordFields
 from splitft.errors import DataError
 
 ENDINGS = (".jsonl", ".ndjson")
@@ -48,7 +48,7 @@ def json_documents(file: DataFile, fields: RecordFields, budget: Budget) -> Iter
 
 
 @dataclass(frozen=True)
-class JsonLines(Source):
+class JsonLines(RecordFields, Located):
     """JSON lines (.jsonl, .ndjson, also with .gz), one record a line.
 
     The first record of each file tells its form: a list under `messages` (chat: loss on the assistant's answers), `prompt` and
@@ -59,17 +59,9 @@ class JsonLines(Source):
 
     name: ClassVar[str] = "jsonl"
 
-    path: str
-    text: str = "text"
-    prompt: str = "prompt"
-    completion: str = "completion"
-    messages: str = "messages"
-    owner: str = ""
-    joint: str = "\n"
     maximum_bytes: int = SOURCE_BYTES
 
     def documents(self) -> Iterator[Document]:
-        fields = RecordFields(self.text, self.prompt, self.completion, self.messages, self.owner, self.joint)
         budget = Budget(self.maximum_bytes)
         for file in find_files(self.path, ENDINGS):
-            yield from json_documents(file, fields, budget)
+            yield from json_documents(file, self, budget)

@@ -7,10 +7,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from splitft.data.base import Document, Segment
+from splitft.data.base import Document, Segment, Source
 from splitft.errors import DataError
 
 Form = Literal["messages", "pair", "text"]
+
+
+@dataclass(frozen=True)
+class Located(Source):
+    """A source with a place to read from; a base of its own because this field, without a default, comes first."""
+
+    path: str
 
 
 @dataclass(frozen=True)

@@ -84,7 +84,10 @@ def save(folder: Path, state: RunState, keep: int) -> Path:
         temporary.rename(target)
     _sync(parent)
     for old in _numbered(parent)[:-keep]:
-        shutil.rmtree(old)
+        # Out of the numbered names first: a crash while deleting must not leave half a checkpoint that looks whole.
+        leaving = old.with_name(f".{old.name}.part")
+        old.rename(leaving)
+        shutil.rmtree(leaving)
     return target
 
 
@@ -103,11 +106,28 @@ def _numbered(parent: Path) -> list[Path]:
     return sorted((path for path in parent.iterdir() if NAME.match(path.name)), key=lambda path: int(path.name.split("-")[1]))
 
 
+def exists(folder: Path) -> bool:
+    """Whether a run folder holds a checkpoint. Without one a run has not begun: a crash came before anything worth keeping."""
+    _recover(folder / FOLDER)
+    return bool(_numbered(folder / FOLDER))
+
+
+def _recover(parent: Path) -> None:
+    """Put back a checkpoint that had stepped aside for its replacement when the crash came."""
+    for aside in parent.glob(".round-*.old") if parent.is_dir() else ():
+        target = parent / aside.name.removeprefix(".").removesuffix(".old")
+        if target.exists():
+            shutil.rmtree(aside)
+        else:
+            aside.rename(target)
+
+
 def newest(folder: Path) -> Path:
     """The newest checkpoint of a run folder. Raises CheckpointError when there is none."""
+    _recover(folder / FOLDER)
     found = _numbered(folder / FOLDER)
     if not found:
-        raise CheckpointError(f"{folder} has no checkpoint.", "the run stopped before its first one; start it again with splitft run.")
+        raise CheckpointError(f"{folder} has no checkpoint.", "the run stopped before its first one; start it again without --resume.")
     return found[-1]
 
 

@@ -12,9 +12,8 @@ from collections.abc import Generator
 import torch
 from torch import Tensor
 
-from splitft.compress.base import Packet
 from splitft.engine.batches import Batch, gather, label_packet, require_targets
-from splitft.engine.exchange import Ownership, decode_vector, packet_bytes, parse_packet, put, round_end_frame, take
+from splitft.engine.exchange import Ownership, decode_vector, packet_bytes, packet_of, put, round_end_frame, spread, take
 from splitft.engine.settings import ClientState, Federation, load_moments, next_state
 from splitft.errors import ProtocolError
 from splitft.lora import AdapterBank
@@ -45,6 +44,7 @@ class Client:
         self.before = state
         self.step_losses: list[float] = []
         self.tokens = 0
+        self.loss_sum = 0.0
         self.targets = 0
         self.state = state
 
@@ -63,7 +63,7 @@ class Client:
             self.start.round,
             self.targets,
             squared,
-            sum(self.step_losses),
+            self.loss_sum,
             take(self.bank.values[0].cpu(), self.columns),
             self.federation.settings.adapter_codec,
         )
@@ -131,6 +131,7 @@ class Client:
             self.bank.scale_gradients(clip_factor(own + server_squared, start.clip_norm))
         federation.settings.optimizer.step(self.bank.values, self.bank.gradients, self.moments, start.rates[step])
         self.step_losses.append(loss_sum / normaliser)
+        self.loss_sum += loss_sum
         return float(own[0])
 
     def _front(self, batch: Batch) -> Tensor:
@@ -181,27 +182,3 @@ class Client:
 
 def _valid(flat: Tensor, valid: Tensor | None) -> Tensor:
     return flat if valid is None else flat[valid]
-
-
-def spread(decoded: Tensor, shape: torch.Size, valid: Tensor | None, like: Tensor) -> Tensor:
-    """Tokens [q d] laid out as [b t d] with zeros for padding. Raises ProtocolError when their number does not fit."""
-    count = shape[0] * shape[1] if valid is None else int(valid.sum())
-    if decoded.shape != (count, shape[2]):
-        raise ProtocolError(
-            f"a tensor of shape {tuple(decoded.shape)} arrived, due are {count} tokens of width {shape[2]}.", "check the plan."
-        )
-    flat = decoded.to(like.device, like.dtype)
-    if valid is None:
-        return flat.reshape(shape)
-    result = like.new_zeros((shape[0] * shape[1], shape[2]))
-    result[valid] = flat
-    return result.reshape(shape)
-
-
-def packet_of(frame: Frame, index: int) -> Packet:
-    """Packet number `index` of a frame. Raises ProtocolError when it has fewer."""
-    if index >= len(frame.packets):
-        raise ProtocolError(
-            f"{frame.kind.name} carries {len(frame.packets)} packets, number {index + 1} is due.", "check both sides' versions."
-        )
-    return parse_packet(frame.packets[index])

@@ -84,6 +84,7 @@ class _Cohort:
         self.bank = AdapterBank(federation.layout, len(plans), federation.device)
         self.moments = load_moments(self.before, federation.layout, federation.settings, federation.device)
         self.ledger = Ledger()
+        self.loss_sums = torch.zeros(len(plans), dtype=torch.float64)
         settings = federation.settings
         # Four tensors a step at most: at the cut up and down, at a U-shape's exit down and up.
         self.at_cut = [(Stream.open(settings.uplink), Stream.open(settings.downlink)) for _ in plans]
@@ -107,6 +108,7 @@ class _Cohort:
                 tokens = [a + b for a, b in zip(tokens, batch.tokens, strict=True)]
             targets = [a + b for a, b in zip(targets, normaliser.tolist(), strict=True)]
             squared = self._optimize(self.first_step + step)
+            self.loss_sums += sums
             for k, loss in enumerate((sums / normaliser).tolist()):
                 losses[k].append(loss)
             on_step(count)
@@ -210,7 +212,9 @@ class _Cohort:
         for k, plan in enumerate(self.plans):
             columns = self.ownership[k].client_columns(layout)
             own = take(values[k], columns)
-            frame = round_end_frame(plan.client, self.round, targets[k], float(squared[k]), sum(losses[k]), own, settings.adapter_codec)
+            frame = round_end_frame(
+                plan.client, self.round, targets[k], float(squared[k]), float(self.loss_sums[k]), own, settings.adapter_codec
+            )
             self.ledger.add_frame(plan.client, "up", frame)
             self.ledger.add_frame(
                 plan.client, "down", round_frame(Type.ROUND_ACCEPTED, RoundAccepted(round=self.round, client=plan.client))

@@ -54,11 +54,18 @@ class Score:
 
 
 def evaluate(
-    split: SplitModel, layout: Layout, adapters: Tensor, sets: Sequence[TokenRows], batch_size: int, device: torch.device, max_rows: int = 0
-) -> list[Score]:
-    """One score per set of rows, all under the same adapters [p]. Rows of all sets are batched together by length.
+    split: SplitModel,
+    layout: Layout,
+    adapters: Tensor,
+    sets: Sequence[TokenRows],
+    batch_size: int,
+    device: torch.device,
+    max_rows: int = 0,
+    names: Sequence[str] = (),
+) -> list[Score | None]:
+    """One score per set of rows (None for a set without rows), all under the same adapters [p]. Rows of all sets are batched by length.
 
-    `max_rows` limits each set to its first rows (0: all). Raises DataError for a set without a target.
+    `max_rows` limits each set to its first rows (0: all). Raises DataError for rows without a target; `names` of the sets go into it.
     """
     bank = AdapterBank(layout, 1, device)
     with torch.no_grad():
@@ -73,10 +80,14 @@ def evaluate(
         np.add.at(loss_sum, owner[row], losses)
         np.add.at(correct, owner[row], right)
         np.add.at(tokens, owner[row], 1)
-    for set_index, count in enumerate(tokens.tolist()):
-        if count == 0:
-            raise DataError(f"held-out set {set_index} has no token to predict.", "raise tokens.held_out, or give that client more text.")
-    return [Score(float(a), int(b), int(c)) for a, b, c in zip(loss_sum, correct, tokens, strict=True)]
+    for set_index, (rows, count) in enumerate(zip(sets, tokens.tolist(), strict=True)):
+        if len(rows) and count == 0:
+            name = names[set_index] if names else f"set {set_index}"
+            raise DataError(
+                f"the held-out rows of {name} have no token to predict.", "raise tokens.held_out, or give that client more text."
+            )
+    sums = zip(loss_sum, correct, tokens, strict=True)
+    return [Score(float(loss), int(right), int(count)) if count else None for loss, right, count in sums]
 
 
 def _batch(

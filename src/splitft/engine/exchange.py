@@ -107,3 +107,27 @@ def decode_vector(data: bytes | memoryview, codec: Codec) -> Tensor:
     """Adapters [q] in float32 from their packet."""
     vector, _ = codec.decode(parse_packet(data), codec.init())
     return vector.float()
+
+
+def spread(decoded: Tensor, shape: torch.Size, valid: Tensor | None, like: Tensor) -> Tensor:
+    """Tokens [q d] laid out as [b t d] with zeros for padding. Raises ProtocolError when their number does not fit."""
+    count = shape[0] * shape[1] if valid is None else int(valid.sum())
+    if decoded.shape != (count, shape[2]):
+        raise ProtocolError(
+            f"a tensor of shape {tuple(decoded.shape)} arrived, due are {count} tokens of width {shape[2]}.", "check the plan."
+        )
+    flat = decoded.to(like.device, like.dtype)
+    if valid is None:
+        return flat.reshape(shape)
+    result = like.new_zeros((shape[0] * shape[1], shape[2]))
+    result[valid] = flat
+    return result.reshape(shape)
+
+
+def packet_of(frame: Frame, index: int) -> Packet:
+    """Packet number `index` of a frame. Raises ProtocolError when it has fewer."""
+    if index >= len(frame.packets):
+        raise ProtocolError(
+            f"{frame.kind.name} carries {len(frame.packets)} packets, number {index + 1} is due.", "check both sides' versions."
+        )
+    return parse_packet(frame.packets[index])

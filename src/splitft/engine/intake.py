@@ -13,8 +13,7 @@ from torch import Tensor
 
 from splitft.compress.base import State
 from splitft.engine.batches import length_mask, read_labels
-from splitft.engine.client import packet_of, spread
-from splitft.engine.exchange import Ownership, decode_vector
+from splitft.engine.exchange import Ownership, decode_vector, packet_of, spread
 from splitft.engine.settings import Federation
 from splitft.errors import ProtocolError
 from splitft.messages import Frame, RoundEnd, StepFields
@@ -45,6 +44,7 @@ class Session:
     in_pass: bool = False
     finished: bool = False
     squared_norm: float = 0.0
+    targets: int = 0
 
     @property
     def client(self) -> int:
@@ -86,6 +86,7 @@ class Ending:
     session: Session
     vector: Tensor
     squared_norm: float
+    targets: int
 
 
 def step_up(session: Session, frame: Frame, federation: Federation, round_index: int) -> Arrival:
@@ -104,7 +105,7 @@ def step_up(session: Session, frame: Frame, federation: Federation, round_index:
     _check_norm(session, fields.squared_norm)
     if len(frame.lengths) != settings.batch_size or not all(frame.lengths):
         raise ProtocolError(
-            f"client {session.client} sent {len(frame.lengths)} sequences of lengths {frame.lengths[:4]}, the plan says {settings.batch_size}.",
+            f"client {session.client} sent {len(frame.lengths)} sequences (lengths {frame.lengths[:4]}), due are {settings.batch_size}.",
             "check train.batch_size.",
         )
     packet = packet_of(frame, 0)
@@ -155,13 +156,15 @@ def round_end(session: Session, frame: Frame, federation: Federation, round_inde
             "finish the steps.",
         )
     _check_norm(session, end.squared_norm)
+    if end.tokens != session.targets:
+        raise ProtocolError(f"client {session.client} reports {end.tokens} trained tokens, its steps had {session.targets}.", SAME_PLAN)
     if not frame.packets:
         raise ProtocolError(f"client {session.client} closed the round without adapters.", SAME_PLAN)
     vector = decode_vector(frame.packets[0], federation.settings.adapter_codec)
     due = sum(part.stop - part.start for part in session.ownership.client_columns(federation.layout))
     if vector.shape != (due,):
         raise ProtocolError(f"client {session.client} sent adapters of shape {tuple(vector.shape)}, due are {due} parameters.", SAME_PLAN)
-    return Ending(session, vector, end.squared_norm)
+    return Ending(session, vector, end.squared_norm, end.tokens)
 
 
 def _check_order(session: Session, fields: StepFields, round_index: int) -> None:

@@ -12,13 +12,13 @@ from splitft.engine.settings import RoundResult
 from splitft.types import Observation
 
 
-def evaluation_event(index: int, total: Score, clients: Sequence[Score]) -> dict[str, Any]:
-    """Event `evaluation`: the joined model after round `index` (0: before training)."""
+def evaluation_event(index: int, total: Score, clients: Sequence[Score | None]) -> dict[str, Any]:
+    """Event `evaluation`: the joined model after round `index` (0: before training). Clients without a score are left out."""
     return {
         "event": "evaluation",
         "round": index,
         "global": total.to_json(),
-        "clients": [{"client": client, **one.to_json()} for client, one in enumerate(clients)],
+        "clients": [{"client": client, **one.to_json()} for client, one in enumerate(clients) if one is not None],
     }
 
 

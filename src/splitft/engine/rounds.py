@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import reduce
+from operator import add
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,7 +21,7 @@ from splitft.aggregate.base import Aggregator, Updates
 from splitft.clock import RoundTiming, monotonic_s, simulate_round
 from splitft.data.base import TokenRows
 from splitft.engine import checkpoint
-from splitft.engine.evaluate import Score, evaluate
+from splitft.engine.evaluate import evaluate
 from splitft.engine.journal import Journal
 from splitft.engine.record import evaluation_event, observations_of, round_event
 from splitft.engine.settings import ClientState, Federation, OnStep, RoundResult
@@ -151,21 +153,20 @@ def virtual_time(run: Run, plans: Sequence[Plan], start_s: float) -> RoundTiming
 
 
 def score(run: Run, index: int, adapters: Tensor) -> dict[str, Any]:
-    """Evaluate the joined model on every client's held-out rows and on the common ones."""
+    """Evaluate the joined model on every client's held-out rows and on the common ones; without those, the global score is the clients'."""
     run.on_stage("evaluate")
-    sets = [client.held_out for client in run.federation.clients]
-    common = [run.common_held_out] if len(run.common_held_out) else []
-    scores = evaluate(
-        run.federation.split,
-        run.federation.layout,
+    federation = run.federation
+    *clients, common = evaluate(
+        federation.split,
+        federation.layout,
         adapters,
-        [*sets, *common],
+        [*(client.held_out for client in federation.clients), run.common_held_out],
         run.rules.evaluate_batch,
-        run.federation.device,
+        federation.device,
         run.rules.evaluate_rows,
+        [*(f"client {client.client} ({client.name})" for client in federation.clients), "the common slice"],
     )
-    clients = scores[: len(sets)]
-    total: Score = scores[-1] if common else sum(clients[1:], clients[0])
+    total = common or reduce(add, (one for one in clients if one is not None))
     return evaluation_event(index, total, clients)
 
 

@@ -123,6 +123,7 @@ class Server:
         if arrival.fields.micro == 0:
             self._close_step(session, arrival.fields.squared_norm)
             self.bank.gradients[session.row].zero_()
+            session.targets += arrival.fields.normaliser
 
     def _groups(self, arrivals: list[Arrival]) -> list[list[Arrival]]:
         """Which sessions share a pass: those with the same exit; alone in deterministic mode. Within a pass: by cut, then client."""

@@ -65,5 +65,5 @@ class WorkersExecutor:
             step_losses=[clients[client].step_losses for client in order],
             ledger=ledger,
             states=states,
-            targets=[clients[client].targets for client in order],
+            targets=[server.sessions[client].targets for client in order],
         )

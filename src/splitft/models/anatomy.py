@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -17,6 +19,16 @@ ROUTER_WORDS = ("gate", "router", "shared_expert_gate", "mlp_gate")
 def block_count(config: PretrainedConfig) -> int:
     """Number of transformer blocks the configuration declares."""
     return int(config.get_text_config().num_hidden_layers)
+
+
+def without_dropout(config: PretrainedConfig) -> PretrainedConfig:
+    """The configuration with every dropout rate at zero: split and unsplit would otherwise draw different masks."""
+    clean = copy.deepcopy(config)
+    for part in {id(clean): clean, id(clean.get_text_config()): clean.get_text_config()}.values():
+        for name, value in list(vars(part).items()):
+            if ("drop" in name or name == "layerdrop") and isinstance(value, float):
+                setattr(part, name, 0.0)
+    return clean
 
 
 def find_blocks(model: nn.Module, count: int) -> tuple[str, nn.ModuleList]:
@@ -44,7 +56,7 @@ def find_head(model: PreTrainedModel) -> tuple[str, nn.Module]:
 
 def is_projection(module: nn.Module) -> bool:
     """True for the linear layers LoRA can adapt (nn.Linear, and GPT-2's Conv1D, which stores its weight transposed)."""
-    return type(module) is nn.Linear or isinstance(module, Conv1D)
+    return isinstance(module, nn.Linear | Conv1D)
 
 
 def widths(module: nn.Module) -> tuple[int, int]:
@@ -74,6 +86,8 @@ def select_targets(available: tuple[Projection, ...], targets: str | list[str] |
 
     Raises AdapterError for a name that matches nothing.
     """
+    if not available:
+        raise AdapterError("the model's blocks have no linear projections that could take an adapter.", "choose another model.")
     if targets == "all":
         return available
     if targets == "default":

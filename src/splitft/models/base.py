@@ -19,7 +19,8 @@ class Anatomy:
     """How a family is built. `blocks_path` and `head_path` are module paths in the causal LM.
 
     `after_head` is what the model does to the LM head's output before the loss (Granite divides by a scale, Cohere multiplies,
-    Gemma 2 applies a soft cap), `after_head_value` its constant. `ragged` says whether sessions with different cuts may share a pass.
+    Gemma 2 applies a soft cap), `after_head_value` its constant. `ragged` says whether sessions with different cuts may share a pass;
+    `bypassed` names projections whose weight the family reads around their module, which therefore take no adapter.
     """
 
     blocks_path: str
@@ -28,6 +29,7 @@ class Anatomy:
     after_head: AfterHead = "nothing"
     after_head_value: float = 1.0
     ragged: bool = True
+    bypassed: tuple[str, ...] = ()
 
     def finish(self, raw: Tensor) -> Tensor:
         """Logits [.. v] from the LM head's raw output [.. v]."""

@@ -11,7 +11,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -19,7 +19,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Pretra
 from transformers.utils import logging as transformers_logging
 
 from splitft.errors import ModelError
-from splitft.models.anatomy import block_count, find_blocks, find_head
+from splitft.models.anatomy import block_count, find_blocks, find_head, without_dropout
+from splitft.models.attention import build_with
 
 EMBEDDED = "embedded"
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
@@ -36,7 +37,7 @@ class NotOwned(nn.Module):
 
 
 def resolve(path: str) -> str:
-    """The folder or hub name behind model.path; `embedded` is the model that comes with the package.
+    """The absolute folder or the hub name behind model.path; `embedded` is the model that comes with the package.
 
     Raises ModelError when a local folder is meant but not there.
     """
@@ -49,7 +50,7 @@ def resolve(path: str) -> str:
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise ModelError(f"{path} has no config.json.", "model.path must be a folder written by save_pretrained, or a hub name.")
-        return str(folder)
+        return str(folder.absolute())
     looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
     if looks_local:
         names = [entry.name for entry in folder.parent.iterdir()] if folder.parent.is_dir() else []
@@ -73,14 +74,13 @@ def quiet_transformers() -> Iterator[None]:
         transformers_logging.set_verbosity(before)
 
 
-def load_model_config(path: str, revision: str = "") -> PretrainedConfig:
-    """The model's configuration. Raises ModelError when it cannot be read."""
-    from splitft.selfcheck import without_dropout
-
+def load_model_config(path: str, revision: str = "", keep_dropout: bool = False) -> PretrainedConfig:
+    """The model's configuration, dropout rates at zero unless `keep_dropout`. Raises ModelError when it cannot be read."""
     where = resolve(path)
     try:
         with quiet_transformers():
-            return without_dropout(AutoConfig.from_pretrained(where, revision=revision or None, trust_remote_code=False))
+            config = AutoConfig.from_pretrained(where, revision=revision or None, trust_remote_code=False)
+            return config if keep_dropout else without_dropout(config)
     except Exception as problem:
         raise ModelError(f"model.path: cannot read the configuration of {path!r}: {_first_line(problem)}", _REMEDY) from problem
 
@@ -105,28 +105,23 @@ def load_tokenizer(path: str, revision: str = "") -> PreTrainedTokenizerBase:
 def load_model(
     path: str,
     config: PretrainedConfig,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | Literal["auto"] = torch.float32,
     attention: str = "sdpa",
     blocks: Sequence[int] | None = None,
     needs_exit: bool = True,
     revision: str = "",
 ) -> PreTrainedModel:
-    """The causal LM with frozen weights in `dtype`; with `blocks`, only those blocks' tensors are read.
+    """The causal LM with frozen weights in `dtype` (`auto`: the checkpoint's own); with `blocks`, only those blocks' tensors are read.
 
     `needs_exit` false leaves out an LM head that is a tensor of its own. Only safetensors files are read. Raises ModelError.
     """
     cls = causal_class(config)
     chosen = cls if blocks is None else _partial(cls, frozenset(blocks), needs_exit)
-    options: dict[str, Any] = {"config": config, "dtype": dtype, "use_safetensors": True}
+    options: dict[str, Any] = {"config": config, "dtype": dtype, "use_safetensors": True, "revision": revision or "main"}
     where = resolve(path)
     try:
         with quiet_transformers():
-            try:
-                model = chosen.from_pretrained(where, revision=revision or "main", attn_implementation=attention, **options)
-            except ValueError as problem:
-                if "attention" not in str(problem).lower() and "attn" not in str(problem).lower():
-                    raise
-                model = chosen.from_pretrained(where, revision=revision or "main", attn_implementation="eager", **options)
+            model = build_with(lambda name: chosen.from_pretrained(where, attn_implementation=name, **options), attention)
     except Exception as problem:
         raise ModelError(f"model.path: cannot load {path!r}: {_first_line(problem)}", _REMEDY) from problem
     missing = sorted(name for name, parameter in model.named_parameters() if parameter.is_meta)
