@@ -33,11 +33,15 @@ class Targets:
     rows: int
 
     @classmethod
-    def of(cls, labels: Tensor) -> Targets:
-        """From shifted labels [rows t]: labels[.., t] is the token at t + 1, IGNORE_LABEL where nothing is to be predicted."""
+    def of(cls, labels: Tensor, device: torch.device | str | None = None) -> Targets:
+        """From shifted labels [rows t]: labels[.., t] is the token at t + 1, IGNORE_LABEL where nothing is to be predicted.
+
+        Labels on the CPU with another `device` are looked through on the CPU, so that no GPU has to be waited for.
+        """
         flat = labels.reshape(-1)
         positions = torch.nonzero(flat != IGNORE_LABEL).squeeze(1)
-        return cls(positions, flat[positions], positions // labels.shape[1], labels.shape[0])
+        where = labels.device if device is None else device
+        return cls(positions.to(where), flat[positions].to(where), (positions // labels.shape[1]).to(where), labels.shape[0])
 
     def count_by_row(self) -> Tensor:
         """Targets of each row [rows]."""

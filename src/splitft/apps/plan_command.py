@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -19,21 +20,21 @@ from splitft.peft_format import read_adapter
 from splitft.types import Key, ModelShape
 
 
-def widths_of(shape: ModelShape, targets: str | list[str]) -> dict[Key, tuple[int, int]]:
-    """Every adapted projection of a model with its (input, output) width, from its shape alone."""
+def widths_of(shape: ModelShape, targets: str | list[str], bypassed: Collection[str] = ()) -> dict[Key, tuple[int, int]]:
+    """Every adapted projection of a model with its (input, output) width, from its shape alone; `bypassed` ones take no adapter."""
     return {
         Key(index, one.module): (one.inputs, one.outputs)
         for index, block in enumerate(shape.blocks)
-        for one in select_targets(block.projections, targets)
+        for one in select_targets(tuple(one for one in block.projections if one.module not in bypassed), targets)
     }
 
 
-def planned_layout(config: RunConfig, shape: ModelShape, blocks_path: str) -> Layout:
+def planned_layout(config: RunConfig, shape: ModelShape, blocks_path: str, bypassed: Collection[str] = ()) -> Layout:
     """The adapters the run would train: those of the configuration, or of the PEFT adapter it starts from, with their own ranks."""
     if config.lora.adapter:
         return read_adapter(Path(config.lora.adapter), blocks_path).layout(widths_of(shape, "all"))
     targets = config.lora.targets if isinstance(config.lora.targets, str) else list(config.lora.targets)
-    return Layout.of(widths_of(shape, targets), config.lora.rank, config.lora.alpha / config.lora.rank)
+    return Layout.of(widths_of(shape, targets, bypassed), config.lora.rank, config.lora.alpha / config.lora.rank)
 
 
 def show_plan(config: RunConfig) -> None:
@@ -46,7 +47,7 @@ def show_plan(config: RunConfig) -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(base.config)
     shape = describe(model, config.model.path)
-    layout = planned_layout(config, shape, base.anatomy.blocks_path)
+    layout = planned_layout(config, shape, base.anatomy.blocks_path, base.anatomy.bypassed)
     profiles, server = device_profiles(config, config.clients.count or len(config.clients.profiles))
     costs = cost_model(config, shape, server, components, layout, base, config.tokens.block_tokens)
     console = Console()

@@ -26,7 +26,7 @@ LABEL_CODEC = 0
 class Batch:
     """ids, labels [s*b t]; lengths [s b]; `targets` [s] positions to predict, `tokens` [s] tokens of each session.
 
-    `mask` [s*b t] is None when no sequence is padded.
+    `mask` [s*b t] is None when no sequence is padded. ids and mask are on the device that computes, the rest on the CPU.
     """
 
     ids: Tensor
@@ -73,7 +73,7 @@ def assemble(ids: np.ndarray, trained: np.ndarray, lengths: np.ndarray, device: 
         labels = labels.masked_fill(mask == 0, IGNORE_LABEL)
     targets = (labels != IGNORE_LABEL).reshape(lengths.shape[0], -1).sum(1)
     return Batch(
-        token_ids.to(device), labels.to(device), counts, None if mask is None else mask.to(device), targets, counts.sum(1).tolist()
+        token_ids.to(device), labels, counts, None if mask is None else mask.to(device), targets, counts.sum(1).tolist()
     )
 
 

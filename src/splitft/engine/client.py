@@ -161,7 +161,7 @@ class Client:
         route = Route(batch.ids.shape[0], entries={self.ownership.server_end: state}, bank=self.bank)
         final = split.run(route, None, batch.mask)
         weight = torch.full((batch.ids.shape[0],), 1.0 / fields.normaliser, device=final.device)
-        loss, sums = training_loss(final, Targets.of(batch.labels), weight, split.head, split.anatomy)
+        loss, sums = training_loss(final, Targets.of(batch.labels, final.device), weight, split.head, split.anatomy)
         loss.backward()  # type: ignore[no-untyped-call]
         assert state.grad is not None
         frame = step_frame(Type.GRADIENT_UP, fields, (), (self._send(self.exit_up, state.grad, valid),))
@@ -181,4 +181,4 @@ class Client:
 
 
 def _valid(flat: Tensor, valid: Tensor | None) -> Tensor:
-    return flat if valid is None else flat[valid]
+    return flat if valid is None else flat[valid.to(flat.device)]

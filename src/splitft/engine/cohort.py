@@ -138,7 +138,7 @@ class _Cohort:
         route = Route(batch.ids.shape[0], cross=crossing, bank=self.bank, sessions=len(self.plans))
         hidden = split.run(route, batch.ids, batch.mask)
         weight = (1.0 / normaliser.float()).repeat_interleave(sequences).to(hidden.device)
-        loss, row_sums = training_loss(hidden, Targets.of(batch.labels), weight, split.head, split.anatomy)
+        loss, row_sums = training_loss(hidden, Targets.of(batch.labels, hidden.device), weight, split.head, split.anatomy)
         loss.backward()  # type: ignore[no-untyped-call]
         self._count_step(batch, sequences)
         return row_sums.cpu().reshape(-1, sequences).sum(1)
@@ -170,7 +170,7 @@ class _Cohort:
 
     def _count_step(self, batch: Batch, sequences: int) -> None:
         """Labels, and the frames around the packets: their lengths follow from the message format."""
-        labels = batch.labels.reshape(len(self.plans), -1).cpu()
+        labels = batch.labels.reshape(len(self.plans), -1)
         axis = torch.arange(batch.ids.shape[1])
         for k, plan in enumerate(self.plans):
             step_up, other = FRAME_BYTES + STEP_BYTES + 4 * sequences, FRAME_BYTES + STEP_BYTES

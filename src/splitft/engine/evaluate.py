@@ -104,7 +104,7 @@ def _batch(
     batch = assemble(ids, trained, lengths, device)
     with torch.no_grad():
         hidden = split.run(Route(len(parts), bank=bank, sessions=1), batch.ids, batch.mask)
-        targets = Targets.of(batch.labels)
+        targets = Targets.of(batch.labels, hidden.device)
         picked = hidden.reshape(-1, hidden.shape[-1]).index_select(0, targets.positions)
         losses, right = token_losses(picked, split.logits, targets.labels, split.model.config.get_text_config().vocab_size)
     return losses.cpu().double().numpy(), right.cpu().numpy(), targets.row.cpu().numpy()

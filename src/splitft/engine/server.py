@@ -155,10 +155,10 @@ class Server:
             for arrival in group:
                 arrival.session.in_pass = True
             return self._send_hidden(group, final)
-        labels = torch.cat([_widen_labels(arrival.labels, width) for arrival in group]).to(final.device)
+        labels = torch.cat([_widen_labels(arrival.labels, width) for arrival in group])
         sequences = group[0].lengths.shape[0]
         weight = torch.tensor([1.0 / arrival.fields.normaliser for arrival in group]).repeat_interleave(sequences).to(final.device)
-        loss, sums = training_loss(final, Targets.of(labels), weight, split.head, split.anatomy)
+        loss, sums = training_loss(final, Targets.of(labels, final.device), weight, split.head, split.anatomy)
         loss.backward()  # type: ignore[no-untyped-call]
         return self._answer(group, leaves, sums.cpu().reshape(-1, sequences).sum(1))
 
