@@ -78,7 +78,6 @@ def run(
 @app.command()
 def demo(overrides: Overrides = None, quiet: Quiet = False) -> None:
     """Train the embedded model over a few simulated clients, in a minute or two and without any download."""
-    console.prepare_process()
     from splitft.apps.demo import demo_config
     from splitft.config import override
 
@@ -178,7 +177,7 @@ def free_name(folder: Path, name: str) -> str:
 def _execute(config: RunConfig, resume: Path | None, quiet: bool) -> None:
     threads = console.prepare_process(config.engine.threads)
     if not quiet:
-        console.error_console().print(f"{threads.describe()}, waiting threads sleep", style="dim")
+        console.error_console().print(threads.describe(), style="dim")
     from splitft.apps.execute import execute
 
     execute(config, resume=resume, quiet=quiet)

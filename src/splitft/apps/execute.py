@@ -95,6 +95,9 @@ def execute(config: RunConfig, *, resume: Path | None = None, quiet: bool = Fals
             )
             per_round = taking_part * rules.local_steps
             display.expect(rules.rounds * per_round, run.state.round * per_round)
+            if run.state.round >= rules.rounds and not quiet:
+                more = f"splitft run --resume {folder} rounds={2 * rules.rounds}"
+                console.print(f"all {rules.rounds} rounds are done already; for more: {more}", highlight=False, soft_wrap=True)
             for _ in run.rounds():
                 check()
             run.finish()

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from splitft.adapt.choose import MEMORY_SHARE, SLACK, CutChoice, choose_cut, memory_budget_bytes
@@ -67,6 +67,15 @@ def plan_table(costs: CostModel, profile: Profile, reference_s: float | None = N
     return [_row(*pair, explain) for pair in zip(options, seconds, strict=True)]
 
 
+def mark_configured(rows: Sequence[PlanRow], cuts: Collection[int]) -> list[PlanRow]:
+    """The rows with these cuts as the chosen ones: what the configuration says beats what would be derived."""
+    derived = next((row.cut for row in rows if row.chosen), None)
+    if set(cuts) == {derived}:
+        return list(rows)
+    would = f"; derived, it would be {derived}" if derived is not None else ""
+    return [replace(row, chosen=row.cut in cuts, reason=f"set by policy.cuts{would}." if row.cut in cuts else row.reason) for row in rows]
+
+
 def render_plan(rows: Sequence[PlanRow], console: Console, title: str = "") -> None:
     """Print the table and, below it, the chosen cut with its reason. Of many cuts a selection is shown, the chosen one always."""
     from rich.text import Text
@@ -75,10 +84,10 @@ def render_plan(rows: Sequence[PlanRow], console: Console, title: str = "") -> N
     console.print(_table(shown, title))
     if len(shown) < len(rows):
         console.print(Text(f"{len(shown)} of {len(rows)} cuts are shown.", style="dim"))
-    chosen = next((row for row in rows if row.chosen), None)
-    if chosen is not None:
-        console.print(Text.assemble((f"Cut {chosen.cut}", "bold green"), f": {chosen.reason}"))
-    elif rows:
+    chosen = [row for row in rows if row.chosen]
+    for row in chosen:
+        console.print(Text.assemble((f"Cut {row.cut}", "bold green"), f": {row.reason}"))
+    if rows and not chosen:
         console.print(Text.assemble(("No cut fits", "bold red"), f". Cut {rows[0].cut}: {rows[0].reason}"))
         console.print(Text("Use a smaller batch, shorter sequences, bfloat16 weights or gradient checkpointing."))
 
@@ -175,7 +184,7 @@ def _table(rows: Sequence[PlanRow], title: str) -> Table:
     for index, row in enumerate(rows):
         mark, style = (">", "bold green") if row.chosen else (" ", "") if row.fits else ("x", "red")
         table.add_row(f"{mark}{row.cut:>3}", *(cells[index] for _, cells in columns), style=style)
-    table.caption = Text("> chosen, x too large. A step: client flops, up, down, times. A round: adapters, each way.", style="dim")
+    table.caption = Text("> chosen, x too large for the device. Adapters are per round and direction, all else per step.", style="dim")
     table.caption_justify = "left"
     return table
 

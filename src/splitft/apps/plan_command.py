@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from splitft.adapt.choose import reference_step_s
 from splitft.apps.assemble import build_components, cost_model, device_profiles, load_base
-from splitft.apps.plan import plan_table, render_plan
+from splitft.apps.plan import mark_configured, plan_table, render_plan
 from splitft.config import RunConfig
 from splitft.lora import Layout
 from splitft.models.anatomy import describe, select_targets
@@ -52,9 +52,12 @@ def show_plan(config: RunConfig) -> None:
     costs = cost_model(config, shape, server, components, layout, base, config.tokens.block_tokens)
     console = Console()
     reference_s = reference_step_s([costs] * len(profiles), profiles)
+    cuts = components.policy.init(shape, profiles, [costs] * len(profiles)).get("cuts", [])
+    assert isinstance(cuts, list)
     for profile in dict.fromkeys(profiles):
+        planned = {cut for cut, own in zip(cuts, profiles, strict=True) if own == profile}
         step = f"{config.train.batch_size} x {config.tokens.block_tokens} tokens a step"
         title = f"{config.model.path} on {profile.name}, server {server.name}, {step}"
-        render_plan(plan_table(costs, profile, reference_s), console, title)
+        render_plan(mark_configured(plan_table(costs, profile, reference_s), planned), console, title)
     note = f"No data were read: every row counts as full ({config.tokens.block_tokens} tokens). A run takes each client's mean row length."
     console.print(Text(note, style="dim"))

@@ -51,6 +51,7 @@ class FederatedRun:
             self._run = self._resume() if resume is not None else self._start()
         except BaseException:
             self.close()
+            self._leave_nothing_empty()
             raise
 
     def _claim(self, fresh: bool) -> None:
@@ -71,6 +72,12 @@ class FederatedRun:
             ) from problem
         except OSError as problem:
             raise CheckpointError(f"cannot write to {self.folder}: {problem.strerror}.", "choose another run.folder.") from problem
+
+    def _leave_nothing_empty(self) -> None:
+        """After a start that failed: a folder with nothing but the lock would look like a run."""
+        if self.folder.is_dir() and {path.name for path in self.folder.iterdir()} == {".lock"}:
+            (self.folder / ".lock").unlink()
+            self.folder.rmdir()
 
     def _start(self) -> Run:
         built = self.assembly

@@ -72,9 +72,7 @@ def assemble(ids: np.ndarray, trained: np.ndarray, lengths: np.ndarray, device: 
     if mask is not None:
         labels = labels.masked_fill(mask == 0, IGNORE_LABEL)
     targets = (labels != IGNORE_LABEL).reshape(lengths.shape[0], -1).sum(1)
-    return Batch(
-        token_ids.to(device), labels, counts, None if mask is None else mask.to(device), targets, counts.sum(1).tolist()
-    )
+    return Batch(token_ids.to(device), labels, counts, None if mask is None else mask.to(device), targets, counts.sum(1).tolist())
 
 
 def require_targets(batch_targets: Tensor, clients: Sequence[ClientData]) -> None:

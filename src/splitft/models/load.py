@@ -51,7 +51,7 @@ def resolve(path: str) -> str:
         if not (folder / "config.json").is_file():
             raise ModelError(f"{path} has no config.json.", "model.path must be a folder written by save_pretrained, or a hub name.")
         return str(folder.absolute())
-    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
+    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1 or (folder.parent != Path() and folder.parent.is_dir())
     if looks_local:
         names = [entry.name for entry in folder.parent.iterdir()] if folder.parent.is_dir() else []
         near = difflib.get_close_matches(folder.name, names, n=1)
@@ -65,13 +65,16 @@ def resolve(path: str) -> str:
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
     """Keep transformers' loading reports and progress bars out of our output."""
-    before = transformers_logging.get_verbosity()
+    before, hub = transformers_logging.get_verbosity(), logging.getLogger("huggingface_hub")
+    hub_before = hub.level
     transformers_logging.set_verbosity(logging.ERROR)
+    hub.setLevel(logging.CRITICAL)
     transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
         transformers_logging.set_verbosity(before)
+        hub.setLevel(hub_before)
 
 
 def load_model_config(path: str, revision: str = "", keep_dropout: bool = False) -> PretrainedConfig:
@@ -86,8 +89,8 @@ def load_model_config(path: str, revision: str = "", keep_dropout: bool = False)
 
 
 _REMEDY = (
-    "check the name, or the network if it is a hub name (HF_HUB_OFFLINE must not be set); "
-    "a local folder needs config.json and *.safetensors."
+    "if it is a folder, there is none of that name seen from here, or it lacks config.json or *.safetensors; "
+    "if it is a hub name, check the spelling and the network (HF_HUB_OFFLINE=1 forbids downloads)."
 )
 
 
