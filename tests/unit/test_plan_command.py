@@ -26,7 +26,8 @@ def printed(capsys: pytest.CaptureFixture[str], folder: Path, **changes: Any) ->
 
 
 def test_one_table_per_profile_and_a_note_on_the_row_length(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    text = printed(capsys, tmp_path, clients={"count": 3, "profiles": ["phone", "laptop", "phone"]})
+    devices = {"count": 3, "profiles": ["phone", "laptop", "phone"]}
+    text = printed(capsys, tmp_path, clients=devices, policy={"name": "fixed"})
     assert text.count("server workstation-gpu") == 2
     assert text.count("deepest within") == 2
     assert "every row counts as full (16 tokens)" in text

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import torch
@@ -10,14 +10,16 @@ from rich.console import Console
 from rich.text import Text
 from transformers import AutoModelForCausalLM
 
+from splitft.adapt.base import Policy
 from splitft.adapt.choose import reference_step_s
+from splitft.adapt.cost import CostModel
 from splitft.apps.assemble import build_components, cost_model, device_profiles, load_base
 from splitft.apps.plan import mark_configured, plan_table, render_plan
 from splitft.config import RunConfig
 from splitft.lora import Layout
 from splitft.models.anatomy import describe, select_targets
 from splitft.peft_format import read_adapter
-from splitft.types import Key, ModelShape
+from splitft.types import Key, ModelShape, Profile
 
 
 def widths_of(shape: ModelShape, targets: str | list[str], bypassed: Collection[str] = ()) -> dict[Key, tuple[int, int]]:
@@ -37,6 +39,18 @@ def planned_layout(config: RunConfig, shape: ModelShape, blocks_path: str, bypas
     return Layout.of(widths_of(shape, targets, bypassed), config.lora.rank, config.lora.alpha / config.lora.rank)
 
 
+def cuts_by_profile(
+    config: RunConfig, policy: Policy, shape: ModelShape, profiles: Sequence[Profile], costs: CostModel
+) -> dict[Profile, set[int]]:
+    """The cuts the policy would start each profile's clients with. Where the data decide who has which cut, every profile shows all."""
+    named = config.policy.fields.get("cuts", [])
+    if config.clients.count == 0 and len(named) not in (0, 1, len(profiles)):
+        return {profile: set(named) for profile in profiles}
+    cuts = policy.init(shape, profiles, [costs] * len(profiles)).get("cuts", [])
+    assert isinstance(cuts, list)
+    return {profile: {cut for cut, own in zip(cuts, profiles, strict=True) if own == profile} for profile in profiles}
+
+
 def show_plan(config: RunConfig) -> None:
     """Print a table for each device profile of the configuration. The model is built without weights and no data is read.
 
@@ -52,10 +66,9 @@ def show_plan(config: RunConfig) -> None:
     costs = cost_model(config, shape, server, components, layout, base, config.tokens.block_tokens)
     console = Console()
     reference_s = reference_step_s([costs] * len(profiles), profiles)
-    cuts = components.policy.init(shape, profiles, [costs] * len(profiles)).get("cuts", [])
-    assert isinstance(cuts, list)
+    planned_cuts = cuts_by_profile(config, components.policy, shape, profiles, costs)
     for profile in dict.fromkeys(profiles):
-        planned = {cut for cut, own in zip(cuts, profiles, strict=True) if own == profile}
+        planned = planned_cuts[profile]
         step = f"{config.train.batch_size} x {config.tokens.block_tokens} tokens a step"
         title = f"{config.model.path} on {profile.name}, server {server.name}, {step}"
         render_plan(mark_configured(plan_table(costs, profile, reference_s), planned), console, title)
