@@ -130,6 +130,9 @@ def save(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, out: Path, 
     stored.config._attn_implementation = "sdpa"
     stored.save_pretrained(out)
     tokenizer.save_pretrained(out)
+    # transformers 5 writes a class name that 4.57 does not know; both know this one.
+    settings = out / "tokenizer_config.json"
+    settings.write_text(settings.read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast"))
     (out / "training.json").write_text(json.dumps(facts, indent=2) + "\n")
 
 
