@@ -25,7 +25,7 @@ from benchmarks.stock import Unsplit, quiet
 from splitft.engine.client import Client, expect
 from splitft.engine.cohort import CohortExecutor
 from splitft.engine.exchange import encode_vector, round_start_frame, take
-from splitft.engine.settings import ClientState
+from splitft.engine.settings import ClientState, same_start
 from splitft.lora import Layout
 from splitft.messages import RoundAccepted, Type, round_frame, step_frame
 from splitft.models.load import load_model
@@ -71,7 +71,7 @@ def cohort(case: Case, folder: str) -> Step:
     split = setups.split_model(setups.build_model(case.model, case.dtype, setups.split_attention(case.dtype)))
     federation = setups.federation(case, split, setups.CODECS["cast"])
     executor, start = CohortExecutor(federation), federation.layout.initial_row(0)
-    return lambda: executor.train(setups.round_plan(case, split.blocks), 0, start, {}, lambda count: None)
+    return lambda: executor.train(setups.round_plan(case, split.blocks), 0, same_start(start), {}, lambda count: None)
 
 
 def client(case: Case, folder: str) -> Step:

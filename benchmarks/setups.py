@@ -131,7 +131,7 @@ def federation(case: Case, split: SplitModel, codec: Codec, layout: Layout | Non
     data = client_data(case, vocabulary)
     orders = tuple(BatchOrder(len(one.train), 1, 0, one.client) for one in data)
     chosen = Layout.of(split.keys, RANK, ALPHA / RANK) if layout is None else layout
-    return Federation(split, chosen, data, orders, settings(codec), vocabulary, torch.device("cpu"))
+    return Federation(split, chosen, data, orders, settings(codec), vocabulary, torch.device("cpu"), chosen.initial_row(0))
 
 
 def with_codec(base: Federation, codec: Codec) -> Federation:

@@ -18,7 +18,7 @@ from benchmarks.setups import Case
 from benchmarks.stock import SequentialLoop, Unsplit, quiet
 from benchmarks.timing import interleave, median_ratio, spread
 from splitft.engine.cohort import CohortExecutor
-from splitft.engine.settings import Federation
+from splitft.engine.settings import Federation, same_start
 from splitft.engine.workers import WorkersExecutor
 from splitft.transport.inproc import InProcess
 
@@ -62,7 +62,7 @@ def train_split(executor: CohortExecutor | WorkersExecutor, base: Federation, ca
     plan, start = setups.round_plan(case, base.split.blocks), base.layout.initial_row(0)
 
     def train() -> list[float]:
-        result = executor.train(plan, 0, start, {}, lambda count: None)
+        result = executor.train(plan, 0, same_start(start), {}, lambda count: None)
         return [statistics.fmean(step) for step in zip(*result.step_losses, strict=True)]
 
     return train

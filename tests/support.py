@@ -174,4 +174,4 @@ def federation(
     )
     orders = tuple(BatchOrder(len(one.train), chosen.batch_size, chosen.seed, one.client) for one in data)
     layout = Layout.of(split.keys, rank, 2.0)
-    return Federation(split, layout, data, orders, chosen, VOCABULARY, torch.device("cpu"))
+    return Federation(split, layout, data, orders, chosen, VOCABULARY, torch.device("cpu"), layout.initial_row(1))

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1] / "src" / "splitft"
-WORDS = {"types", "messages", "config", "config_checks", "config_values", "toml", "errors", "clock", "rng"}
-SEAM_BASES = {f"{seam}.base" for seam in ("models", "compress", "aggregate", "adapt", "transport", "data")}
+WORDS = {"types", "messages", "config", "config_checks", "config_values", "toml", "errors", "clock", "links", "rng"}
+SEAM_BASES = {f"{seam}.base" for seam in ("models", "compress", "aggregate", "adapt", "ranks", "sync", "work", "transport", "data")}
 MAY_IMPORT = dict.fromkeys(WORDS, WORDS) | {
     "models": WORDS,
     "compress": WORDS,
@@ -22,11 +22,29 @@ MAY_IMPORT = dict.fromkeys(WORDS, WORDS) | {
     "split": WORDS | {"models", "lora"},
     "peft_format": WORDS | {"lora", "models.base"},
     "selfcheck": WORDS | {"models", "split", "lora"},
-    "aggregate": WORDS | {"lora"},
+    "lowrank": WORDS | {"lora"},
+    "aggregate": WORDS | {"lora", "lowrank"},
     "adapt": WORDS | {"compress.base"},
+    "ranks": WORDS | {"lora", "lowrank", "adapt.cost"},
+    "sync": WORDS,
+    "work": WORDS,
     "transport": WORDS,  # it is handed a handler and never sees the engine
-    # The cost model and the batch order are shared arithmetic, not methods to choose from.
-    "engine": WORDS | SEAM_BASES | {"adapt.cost", "data.order", "split", "lora", "loss", "optimizer", "wire"},
+    # Cost, schedule, fleets, oscillation and batch order are shared arithmetic, not methods to choose from.
+    "engine": WORDS
+    | SEAM_BASES
+    | {
+        "adapt.cost",
+        "adapt.schedule",
+        "adapt.fleets",
+        "adapt.oscillation",
+        "data.order",
+        "split",
+        "lora",
+        "lowrank",
+        "loss",
+        "optimizer",
+        "wire",
+    },
 }
 MAY_IMPORT_ANYTHING = {"apps", "catalog", "__init__", "__main__"}
 

@@ -11,9 +11,27 @@ from collections.abc import Mapping
 from typing import Any
 
 from splitft.adapt.base import Policy
+from splitft.adapt.combined import Combined
 from splitft.adapt.fixed import Fixed
+from splitft.adapt.resource import Resource
+from splitft.adapt.search import Search
+from splitft.adapt.splitft import SplitFT
+from splitft.adapt.whole import Whole
 from splitft.aggregate.average import Average
 from splitft.aggregate.base import Aggregator
+from splitft.aggregate.fed_adam import FedAdam
+from splitft.aggregate.fed_avgm import FedAvgM
+from splitft.aggregate.fed_yogi import FedYogi
+from splitft.aggregate.freeze_a import FreezeA
+from splitft.aggregate.krum import Krum
+from splitft.aggregate.median import Median
+from splitft.aggregate.norm_clip import NormClip
+from splitft.aggregate.product import Product
+from splitft.aggregate.residual import Residual
+from splitft.aggregate.segments import Segments
+from splitft.aggregate.stack import Stack
+from splitft.aggregate.trimmed_mean import TrimmedMean
+from splitft.aggregate.zero_pad import ZeroPad
 from splitft.compress.base import Codec
 from splitft.compress.cast import Cast
 from splitft.compress.identity import Identity
@@ -29,8 +47,19 @@ from splitft.data.partitions.length_dirichlet import LengthDirichlet
 from splitft.data.python_docs import PythonDocs
 from splitft.data.text import TextFiles
 from splitft.errors import ConfigError
+from splitft.ranks.base import RankPolicy
+from splitft.ranks.budget import BudgetRanks
+from splitft.ranks.importance import ImportanceRanks
+from splitft.ranks.splitft import CutRank
+from splitft.ranks.uniform import Uniform
+from splitft.sync.base import Synchronisation
+from splitft.sync.drift import Drift
+from splitft.sync.every_round import EveryRound
 from splitft.transport.base import Transport
 from splitft.transport.inproc import InProcess
+from splitft.work.balanced import Balanced
+from splitft.work.base import WorkPolicy
+from splitft.work.equal import Equal
 
 SOURCES: Mapping[str, type[Source]] = {
     "python_docs": PythonDocs,
@@ -52,9 +81,41 @@ CODECS: Mapping[str, type[Codec]] = {
 }
 POLICIES: Mapping[str, type[Policy]] = {
     "fixed": Fixed,
+    "resource": Resource,
+    "search": Search,
+    "splitft": SplitFT,
+    "combined": Combined,
+    "whole": Whole,
+}
+RANK_POLICIES: Mapping[str, type[RankPolicy]] = {
+    "uniform": Uniform,
+    "splitft": CutRank,
+    "budget": BudgetRanks,
+    "importance": ImportanceRanks,
+}
+WORK_POLICIES: Mapping[str, type[WorkPolicy]] = {
+    "equal": Equal,
+    "balanced": Balanced,
+}
+SYNCHRONISATIONS: Mapping[str, type[Synchronisation]] = {
+    "every_round": EveryRound,
+    "drift": Drift,
 }
 AGGREGATORS: Mapping[str, type[Aggregator]] = {
     "average": Average,
+    "product": Product,
+    "stack": Stack,
+    "residual": Residual,
+    "freeze_a": FreezeA,
+    "zero_pad": ZeroPad,
+    "fed_avgm": FedAvgM,
+    "fed_adam": FedAdam,
+    "fed_yogi": FedYogi,
+    "median": Median,
+    "trimmed_mean": TrimmedMean,
+    "norm_clip": NormClip,
+    "krum": Krum,
+    "segments": Segments,
 }
 TRANSPORTS: Mapping[str, type[Transport]] = {
     "inproc": InProcess,
@@ -65,11 +126,18 @@ CATALOG: Mapping[str, Mapping[str, type[Any]]] = {
     "data": SOURCES,
     "partition": PARTITIONS,
     "policy": POLICIES,
+    "ranks": RANK_POLICIES,
+    "work": WORK_POLICIES,
+    "synchronisation": SYNCHRONISATIONS,
     "uplink": CODECS,
     "downlink": CODECS,
     "aggregator": AGGREGATORS,
     "transport": TRANSPORTS,
 }
+
+
+# A rule that works over another one of its seam holds it in this field: `rule = "average"`, or a table with a name.
+INNER = "rule"
 
 
 def problems(seam: str, name: str, fields: Mapping[str, Any]) -> list[str]:
@@ -87,11 +155,25 @@ def problems(seam: str, name: str, fields: Mapping[str, Any]) -> list[str]:
             hint = f" Did you mean {near[0]!r}?" if near else ""
             known = ", ".join(allowed) if allowed else "none"
             found.append(f"{seam}.{field} is not a field of {name}; its fields: {known}.{hint}")
+        elif field == INNER:
+            inner = _inner(fields[field])
+            found += (
+                problems(seam, *inner) if inner else [f"{seam}.{field} is {fields[field]!r}; allowed is a name or a table with a name."]
+            )
     required = [
         f.name for f in dataclasses.fields(table[name]) if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
     ]
     found += [f"{seam}.{field} is missing; {name} needs it" for field in required if field not in fields]
     return found
+
+
+def _inner(value: object) -> tuple[str, dict[str, Any]] | None:
+    """Name and fields of a component inside another one; None when it is neither a name nor a table with one."""
+    if isinstance(value, str):
+        return value, {}
+    if isinstance(value, Mapping) and isinstance(value.get("name"), str):
+        return value["name"], {field: inner for field, inner in value.items() if field != "name"}
+    return None
 
 
 def build(seam: str, name: str, fields: Mapping[str, Any]) -> Any:
@@ -100,7 +182,9 @@ def build(seam: str, name: str, fields: Mapping[str, Any]) -> Any:
         raise ConfigError(
             f"[{seam}] has {len(found)} problem{'s' if len(found) > 1 else ''}.", "docs/configuration.md lists every field.", tuple(found)
         )
+    inner = _inner(fields[INNER]) if INNER in fields else None
+    given = {**fields, INNER: build(seam, *inner)} if inner else fields
     try:
-        return CATALOG[seam][name](**fields)
+        return CATALOG[seam][name](**given)
     except TypeError as problem:
         raise ConfigError(f"[{seam}] {name}: {problem}.", "docs/configuration.md lists every field.") from problem

@@ -136,6 +136,35 @@ class ClientsSection(Section):
         1.0, description="Share of the clients drawn for each round."
     )
     minimum: Count = Field(1, description="Fewest participants of a round.")
+    fleet: str = Field(
+        "",
+        description="Fleet preset (uniform, two_tier, long_tail, cross_silo) or TOML file that draws every client's device; "
+        "empty takes clients.profiles.",
+    )
+    availability: Annotated[float, Field(gt=0.0, le=1.0, allow_inf_nan=False)] = Field(
+        1.0, description="Chance that a client can be drawn for a round, beside what its fleet says."
+    )
+    dropout: Share = Field(0.0, description="Chance that a participant is lost in the middle of a round, beside what its fleet says.")
+    speed_jitter: Annotated[float, Field(ge=0.0, le=2.0, allow_inf_nan=False)] = Field(
+        0.0, description="Spread of a device's speed and link from round to round (sigma of a log-normal factor), beside its fleet's."
+    )
+    deadline_s: NotNegative = Field(0.0, description="Virtual seconds after which a round no longer waits for stragglers; 0 waits for all.")
+    quorum: Annotated[float, Field(gt=0.0, le=1.0, allow_inf_nan=False)] = Field(
+        0.5, description="Share of the participants whose updates a round needs before its deadline may end it."
+    )
+    late: Literal["partial", "drop"] = Field(
+        "partial",
+        description='At the deadline the finished steps of a straggler count, weighted by what was trained ("partial"), or none ("drop").',
+    )
+    buffer: CountOrZero = Field(
+        0, description="Asynchronous aggregation: updates merged at a time while the others go on; 0 keeps synchronous rounds."
+    )
+    staleness: NotNegative = Field(
+        0.5, description="Asynchronous aggregation: an update that is s versions old counts (1 + s) to the minus this power."
+    )
+    fetch_blocks: bool = Field(
+        True, description="Blocks a client has not had before are sent by the server when its cut deepens, and counted; false: it has all."
+    )
 
 
 class SplitSection(Section):
@@ -144,7 +173,31 @@ class SplitSection(Section):
     labels: Literal["server", "client"] = Field(
         "server", description='Who holds the labels and computes the loss; "client" is the U-shape (final norm and LM head on the client).'
     )
+    server: Literal["per_client", "shared", "sequential", "unaveraged"] = Field(
+        "per_client",
+        description='The server\'s adapters: one set per client ("per_client"), one set stepped with all batches together ("shared") or '
+        'client after client ("sequential"); "unaveraged": one set per client, averaged, while the clients\' own never are.',
+    )
+    minimum_cut: Count = Field(1, description="Fewest blocks any policy leaves on a client: a shallow cut is easier to read back.")
+    maximum_cut: CountOrZero = Field(0, description="Most blocks any policy puts on a client; 0: all.")
     tail_blocks: CountOrZero = Field(0, description='Last blocks kept on the client behind the server; needs labels = "client".')
+
+
+class NetworkSection(Section):
+    """What the virtual clock assumes of the server and the network between."""
+
+    server_slots: Annotated[int, Field(ge=1, le=4096)] = Field(1, description="Steps the server computes side by side.")
+    shared_link: bool = Field(
+        False, description="All transfers share the server's own link (the rates of clients.server_profile); false: it is wide enough."
+    )
+    downlink_order: Literal["together", "longest_first"] = Field(
+        "together",
+        description='Over a shared link: all downlink transfers "together", or one at a time at full rate, the client with the most work '
+        'left first ("longest_first": arXiv 2511.15404).',
+    )
+    pipeline: bool = Field(
+        False, description="The micro-batches of an optimizer step overlap: front, transfer and back work at the same time."
+    )
 
 
 class TrainSection(Section):
@@ -213,11 +266,15 @@ class RunConfig(Section):
     partition: Component = _component("length_dirichlet", "How documents are dealt to clients.", alpha=0.5)
     clients: ClientsSection = Field(default_factory=ClientsSection)
     policy: Component = _component("fixed", "How many blocks each client holds.")
+    ranks: Component = _component("uniform", "How large each adapter's rank is, up to lora.rank.")
+    work: Component = _component("equal", "How many local steps each participant takes, train.local_steps on average.")
     split: SplitSection = Field(default_factory=SplitSection)
+    network: NetworkSection = Field(default_factory=NetworkSection)
     train: TrainSection = Field(default_factory=TrainSection)
     uplink: Component = _component("cast", "Codec of what clients send at the cut.", dtype="bfloat16")
     downlink: Component = _component("cast", "Codec of what the server sends at the cut.", dtype="bfloat16")
     aggregator: Component = _component("average", "How updates become the next global adapters.")
+    synchronisation: Component = _component("every_round", "Whether a round ends with an aggregation.")
     evaluate: EvaluateSection = Field(default_factory=EvaluateSection)
     engine: EngineSection = Field(default_factory=EngineSection)
     run: RunSection = Field(default_factory=RunSection)

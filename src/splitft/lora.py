@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Any
@@ -84,6 +84,14 @@ class Layout:
             return slice(end, end)
         return slice(inside[0].start, inside[-1].end)
 
+    def active(self, ranks: Sequence[int]) -> Tensor:
+        """Which columns [p] (bool) adapters of these ranks, one per entry, use: the first rows of A and the first columns of B."""
+        mask = torch.zeros(self.parameters, dtype=torch.bool)
+        for entry, rank in zip(self.entries, ranks, strict=True):
+            mask[entry.start : entry.start + min(rank, entry.rank) * entry.inputs] = True
+            mask[entry.middle : entry.end].view(entry.outputs, entry.rank)[:, :rank] = True
+        return mask
+
     def factors(self, row: Tensor) -> dict[Key, Factors]:
         """Views of the factors in one row [p]."""
         return {
@@ -152,11 +160,11 @@ class LowRank(torch.autograd.Function):
         return torch.baddbmm(output, low.transpose(1, 2), b.transpose(1, 2), alpha=scale)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, Tensor, Tensor, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, None]:
         inputs, a, b, low = ctx.saved_tensors
         (gradient,) = gradients
         low_gradient = torch.bmm(b.transpose(1, 2), gradient.transpose(1, 2)).mul_(ctx.scale)  # [s r t]
-        a_gradient = torch.bmm(low_gradient, inputs)
+        a_gradient = torch.bmm(low_gradient, inputs) if ctx.needs_input_grad[2] else None
         b_gradient = torch.bmm(low, gradient).mul_(ctx.scale).transpose(1, 2)
         input_gradient = torch.bmm(low_gradient.transpose(1, 2), a) if ctx.needs_input_grad[1] else None
         return gradient, input_gradient, a_gradient, b_gradient, None
@@ -171,13 +179,22 @@ class AdapterBank:
     """Adapters of n clients with their gradients: `values` and `gradients` [n p], float32 on `device`.
 
     `blocks` restricts which blocks' factors become trainable leaves (a client's own blocks); the columns of others stay zero.
+    `trained` [p] (bool) says which factors get gradients at all (None: all); a rule that freezes A leaves its columns out.
     """
 
-    def __init__(self, layout: Layout, rows: int, device: torch.device | str = "cpu", blocks: Iterable[int] | None = None) -> None:
+    def __init__(
+        self,
+        layout: Layout,
+        rows: int,
+        device: torch.device | str = "cpu",
+        blocks: Iterable[int] | None = None,
+        trained: Tensor | None = None,
+    ) -> None:
         _hear_layout_warning()
         self.layout = layout
         self.values = torch.zeros(rows, layout.parameters, device=device)
         self.gradients = torch.zeros_like(self.values)
+        self.trained = None if trained is None else trained.to(self.values)
         wanted = None if blocks is None else frozenset(blocks)
         self.leaves: dict[Key, tuple[Tensor, Tensor]] = {}
         for entry in layout.entries:
@@ -189,8 +206,10 @@ class AdapterBank:
 
     def _leaf(self, start: int, end: int, first: int, second: int) -> Tensor:
         """A trainable view [n first second] of the columns, whose gradient accumulates in place in the gradient matrix."""
-        leaf = self.values[:, start:end].view(-1, first, second).detach().requires_grad_(True)
-        leaf.grad = self.gradients[:, start:end].view(-1, first, second)
+        leaf = self.values[:, start:end].view(-1, first, second).detach()
+        if self.trained is None or bool(self.trained[start:end].any()):
+            leaf.requires_grad_(True)
+            leaf.grad = self.gradients[:, start:end].view(-1, first, second)
         return leaf
 
     @property

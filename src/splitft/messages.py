@@ -86,7 +86,7 @@ class StepFields:
         return replace(self, loss_sum=loss_sum, squared_norm=squared_norm)
 
 
-class RoundStart(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class RoundStart(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """What a participant is to do in a round; the global adapters of its own blocks travel beside it."""
 
     round: int
@@ -101,6 +101,11 @@ class RoundStart(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     clip_norm: float
     first_step: int
     rates: list[float]
+    ranks: list[int] = []
+    download: bool = True
+    upload: bool = True
+    segment: int = 0
+    segments: int = 1
 
 
 class RoundEnd(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -18,11 +18,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from splitft.lora import AdapterBank
 from splitft.models.anatomy import block_count, find_blocks, find_head, projections, select_targets
 from splitft.models.base import Anatomy
-from splitft.types import Key
+from splitft.types import Factors, Key
 
 Crossing = Callable[[int, Tensor], Tensor]
 
@@ -40,7 +41,8 @@ class Route:
     """What one pass does. `entries` maps a block index to the hidden rows [s*b t d] that join before that block (index `blocks` means
     behind the last one); with entries, nothing else enters. The pass ends behind block `last` (None: in front of the LM head).
 
-    `cross` is called behind every block with its index and the hidden state and may replace it: the simulated wire.
+    `cross` is called behind every block with its index and the hidden state and may replace it: the simulated wire. `block_rows` gives
+    for a block the bank rows of the sessions and their number, where that differs from block to block (an adapter that sessions share).
     """
 
     total_rows: int
@@ -49,6 +51,7 @@ class Route:
     cross: Crossing | None = None
     bank: AdapterBank | None = None
     bank_rows: Tensor | None = None
+    block_rows: Callable[[int], tuple[Tensor | None, int]] | None = None
     sessions: int = 1
     active_rows: int = 0
 
@@ -101,7 +104,8 @@ class BankLinear(nn.Module):
         route = self.holder.route
         if route is None or route.bank is None:
             return output
-        return route.bank.add(self.key, output, inputs, route.bank_rows, route.active_sessions)
+        rows, sessions = (route.bank_rows, route.active_sessions) if route.block_rows is None else route.block_rows(self.key.block)
+        return route.bank.add(self.key, output, inputs, rows, sessions)
 
 
 def first_rows(value: Any, active: int, total: int) -> Any:
@@ -248,6 +252,19 @@ class SplitModel(nn.Module):
         """The frozen projection behind a key of this side."""
         module = self._blocks[key.block].get_submodule(key.module)
         return module.base if isinstance(module, BankLinear) else module
+
+    def fold(self, key: Key, factors: Factors, scale: float) -> None:
+        """Add scale * B A to the frozen weight behind a key, for good."""
+        weight = self.weight(key)
+        change = (scale * factors.b.double() @ factors.a.double()).to(weight.device)
+        with torch.no_grad():
+            weight.add_((change.T if isinstance(self.projection(key), Conv1D) else change).to(weight.dtype))
+
+    def weight(self, key: Key) -> Tensor:
+        """The frozen weight behind a key as the family stores it: [out in], in GPT-2's Conv1D [in out]."""
+        weight = self.projection(key).weight
+        assert isinstance(weight, Tensor)
+        return weight
 
     def keys_of_all(self) -> dict[Key, tuple[int, int]]:
         """Every adaptable projection with its (input, output) width."""

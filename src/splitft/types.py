@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     import torch
 
 Direction = Literal["up", "down"]
-Kind = Literal["activations", "gradients", "labels", "adapters", "control"]
+Kind = Literal["activations", "gradients", "labels", "adapters", "weights", "control"]
 DIRECTIONS: tuple[Direction, ...] = ("up", "down")
-KINDS: tuple[Kind, ...] = ("activations", "gradients", "labels", "adapters", "control")
+KINDS: tuple[Kind, ...] = ("activations", "gradients", "labels", "adapters", "weights", "control")
 IGNORE_LABEL = -100
 
 
@@ -88,7 +88,12 @@ class ModelShape:
 @dataclass(frozen=True)
 class Plan:
     """What one client does in one round. Cut k: the client holds blocks 0..k-1. With `exit_on_client` it also holds the last
-    `tail_blocks` blocks, the final norm, the LM head and the labels (U-shape)."""
+    `tail_blocks` blocks, the final norm, the LM head and the labels (U-shape).
+
+    `rank` is the largest rank of its adapters; `ranks` has one for every entry of the layout (0: no adapter there), empty: the layout's
+    own everywhere. Without `download` it goes on from the adapters of its own blocks that it has; without `upload` it keeps them to
+    itself. Of its own blocks' adapters it uploads piece `segment` of `segments`.
+    """
 
     client: int
     cut: int
@@ -96,6 +101,15 @@ class Plan:
     rank: int
     exit_on_client: bool = False
     tail_blocks: int = 0
+    ranks: tuple[int, ...] = ()
+    download: bool = True
+    upload: bool = True
+    segment: int = 0
+    segments: int = 1
+
+    def is_whole(self, blocks: int) -> bool:
+        """Whether the client holds a model of so many blocks alone: then nothing crosses a cut."""
+        return self.exit_on_client and self.cut + self.tail_blocks == blocks
 
 
 @dataclass(frozen=True)
@@ -109,7 +123,12 @@ class RoundPlan:
 @dataclass(frozen=True)
 class Observation:
     """What happened to one client in one round. `loss` is the mean of its local steps' losses, each the mean over that step's
-    targets; `held_out_loss` is of the global model after the round on the client's held-out slice (None when not evaluated)."""
+    targets; `held_out_loss` is of the global model after the round on the client's held-out slice (None when not evaluated), and
+    `base_loss` was that slice's before training.
+
+    `virtual_s` from the start of the round to the arrival of its update, `wait_s` of it (server and barrier) it spent waiting;
+    `busy_s` is the rest, and `predicted_s` what the cost model gave for that with the device as described.
+    """
 
     client: int
     round: int
@@ -120,3 +139,6 @@ class Observation:
     uplink_bytes: int
     downlink_bytes: int
     held_out_loss: float | None = None
+    base_loss: float | None = None
+    busy_s: float = 0.0
+    predicted_s: float = 0.0

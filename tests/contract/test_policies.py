@@ -10,22 +10,28 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from splitft.adapt.base import Policy
+from splitft.clock import Network
+from splitft.errors import ConfigError
 from splitft.types import Observation
 
 from ..unit.cost_shapes import DEVICE, SHAPE, cost_model
-from .variants import POLICY_VARIANTS, Variant
+from .variants import POLICY_COSTS, POLICY_VARIANTS, Variant
 
 CLIENTS = 5
 every_policy = pytest.mark.parametrize("variant", POLICY_VARIANTS, ids=repr)
 
 
 def seen(client: int, round_index: int, loss: float, held_out: float | None = None) -> Observation:
-    return Observation(client, round_index, 100, loss, 1.0 + client, 0.5, 1000, 2000, held_out)
+    """Those with an even loss were slower than predicted, the larger the loss; of the others nothing is known of their speed."""
+    busy_s, predicted_s = (1.0 + loss, 2.0) if int(loss) % 2 == 0 else (0.0, 0.0)
+    base_loss = None if held_out is None else 4.0
+    return Observation(client, round_index, 100, loss, 1.0 + client, 0.5, 1000, 2000, held_out, base_loss, busy_s, predicted_s)
 
 
-def start(variant: Variant) -> tuple[Policy, Any]:
-    policy = variant.build()
-    return policy, policy.init(SHAPE, [DEVICE] * CLIENTS, [cost_model(sequence_tokens=8 + client) for client in range(CLIENTS)])
+def start(variant: Variant, **fields: object) -> tuple[Policy, Any]:
+    policy, fields = variant.build(), {**POLICY_COSTS.get(variant.name, {}), **fields}
+    costs = [cost_model(sequence_tokens=8 + client, **fields) for client in range(CLIENTS)]
+    return policy, policy.init(SHAPE, [DEVICE] * CLIENTS, costs)
 
 
 HISTORY = st.lists(
@@ -57,9 +63,26 @@ def play(policy: Policy, state: Any, history: list[Any]) -> list[tuple[dict[int,
 @given(history=HISTORY)
 def test_cuts_are_in_bounds_for_exactly_the_participants(variant: Variant, history: list[Any]) -> None:
     policy, state = start(variant)
-    for (participants, *_), (cuts, _) in zip(history, play(policy, state, history), strict=True):
+    for (participants, *_), (cuts, after) in zip(history, play(policy, state, history), strict=True):
         assert set(cuts) == participants
         assert all(isinstance(cut, int) and 1 <= cut <= cost_model().deepest_cut for cut in cuts.values())
+        assert len(after["cuts"]) == CLIENTS
+        assert all(after["cuts"][client] == cut for client, cut in cuts.items())
+
+
+@every_policy
+@settings(max_examples=10)
+@given(history=HISTORY)
+def test_configured_bounds_hold_or_are_refused(variant: Variant, history: list[Any]) -> None:
+    """And a network of any kind is planned for."""
+    fields: dict[str, Any] = {"minimum_cut": 2, "maximum_cut": 4, "network": Network(2, True, 1e6, 1e6, "longest_first", True)}
+    if variant.name == "whole" or not all(2 <= cut <= 4 for cut in variant.fields.get("cuts", ())):
+        with pytest.raises(ConfigError, match="maximum_cut"):
+            start(variant, **fields)
+        return
+    policy, state = start(variant, **fields)
+    assert all(2 <= cut <= 4 for cuts, _ in [({}, state), *play(policy, state, history)] for cut in cuts.values())
+    assert all(2 <= cut <= 4 for cut in state["cuts"])
 
 
 @every_policy

@@ -4,14 +4,49 @@ from __future__ import annotations
 
 from typing import Any
 
-from splitft.catalog import AGGREGATORS, CODECS, POLICIES
+from splitft.catalog import AGGREGATORS, CODECS, POLICIES, SYNCHRONISATIONS
 
 # Fields worth a contract run of their own. A new method is tested with its defaults without a line here.
 CODEC_FIELDS: dict[str, list[dict[str, Any]]] = {
     "cast": [{"dtype": "float16"}, {"dtype": "float32"}],
 }
-POLICY_FIELDS: dict[str, list[dict[str, Any]]] = {"fixed": [{"cuts": [2]}, {"cuts": [1, 6, 3, 2, 5]}]}
-AGGREGATOR_FIELDS: dict[str, list[dict[str, Any]]] = {}
+POLICY_FIELDS: dict[str, list[dict[str, Any]]] = {
+    "fixed": [{"cuts": [2]}, {"cuts": [1, 6, 3, 2, 5]}],
+    "resource": [{"prefer": "shallowest", "slack": 0.5, "tolerance": 0.0}],
+    "search": [{"evaluations": 1}, {"smoothing": 0.0}],
+    "splitft": [{"start": 3, "gamma": 2.0, "cool_down": 0}],
+    "combined": [{"slack": 2.0, "gamma": 2.0, "cool_down": 0, "every_rounds": 1}],
+}
+# What a policy needs of a run besides its own fields.
+POLICY_COSTS: dict[str, dict[str, Any]] = {"whole": {"exit_on_client": True}}
+AGGREGATOR_FIELDS: dict[str, list[dict[str, Any]]] = {
+    "product": [{"partitioned": True}],
+    "zero_pad": [{"weights": "norm"}],
+    "fed_avgm": [{"rule": "norm_clip", "momentum": 0.0}, {"rule": {"name": "segments", "count": 3}}, {"rule": "product"}],
+    "fed_adam": [{"rule": {"name": "fed_avgm", "rule": "median"}}],
+    "fed_yogi": [{"rule": "freeze_a"}],
+    "median": [{"rule": {"name": "segments", "count": 4}}, {"rule": "product"}, {"rule": "stack"}],
+    "trimmed_mean": [{"share": 0.0}, {"share": 0.4, "rule": "norm_clip"}, {"rule": "freeze_a"}],
+    "norm_clip": [{"limit": 1000.0}, {"rule": "stack"}, {"rule": {"name": "product", "partitioned": True}}, {"rule": "zero_pad"}],
+    "krum": [{"attackers": 0, "keep": 2}, {"keep": 3, "rule": "trimmed_mean"}, {"rule": "residual"}],
+    "segments": [
+        {"count": 1},
+        {"count": 5, "rule": {"name": "fed_avgm", "rule": "norm_clip"}},
+        {"rule": {"name": "median", "rule": "stack"}},
+    ],
+}
+SYNCHRONISATION_FIELDS: dict[str, list[dict[str, Any]]] = {"drift": [{"exact": True}, {"max_rounds": 3, "rows": 1, "width": 7, "seed": 5}]}
+
+# Laws that are not true of an aggregation rule, nor of a rule over it: token counts do not weigh; the first step has its own length.
+UNWEIGHTED = {"median", "trimmed_mean", "krum"}
+OWN_STEP = {"fed_adam", "fed_yogi"}
+
+
+def names_inside(rule: Any) -> set[str]:
+    """Catalogue names of a rule and of the rules inside it."""
+    own = {name for name, kind in AGGREGATORS.items() if type(rule) is kind}
+    return own | names_inside(rule.rule) if hasattr(rule, "rule") else own
+
 
 # The error each codec declares in its docstring, for values in the normal range of its type: (relative, absolute below it).
 ERROR_BOUNDS: dict[tuple[str, str], tuple[float, float]] = {
@@ -44,3 +79,4 @@ def _variants(seam: str, table: Any, fields: dict[str, list[dict[str, Any]]]) ->
 CODEC_VARIANTS = _variants("uplink", CODECS, CODEC_FIELDS)
 POLICY_VARIANTS = _variants("policy", POLICIES, POLICY_FIELDS)
 AGGREGATOR_VARIANTS = _variants("aggregator", AGGREGATORS, AGGREGATOR_FIELDS)
+SYNCHRONISATION_VARIANTS = _variants("synchronisation", SYNCHRONISATIONS, SYNCHRONISATION_FIELDS)

@@ -12,7 +12,7 @@ from splitft.compress.base import Packet
 from splitft.engine.client import Client
 from splitft.engine.exchange import Ownership, packet_bytes, parse_packet, round_start_frame, take
 from splitft.engine.server import Server
-from splitft.engine.settings import ClientState, Federation
+from splitft.engine.settings import ClientState, Federation, same_start
 from splitft.messages import decode
 from splitft.types import Plan, RoundPlan
 
@@ -33,7 +33,7 @@ class Drive:
         self.federation = fed
         self.plan = RoundPlan(round_index, tuple(Plan(client, cut, steps, 3, u_shape) for client, cut in enumerate((1, 2, 3))))
         start = fed.layout.initial_row(1)
-        self.server = Server(fed, self.plan, 0, start, {}, deterministic=True)
+        self.server = Server(fed, self.plan, 0, same_start(start), {}, deterministic=True)
         self.clients = {one.client: Client(fed, one.client, ClientState()) for one in self.plan.plans}
         self.talks, self.waiting = {}, {}
         for one in self.plan.plans:

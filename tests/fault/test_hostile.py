@@ -17,7 +17,7 @@ from splitft.compress.identity import Identity
 from splitft.engine.client import Client
 from splitft.engine.exchange import packet_bytes, round_end_frame
 from splitft.engine.server import Server
-from splitft.engine.settings import ClientState
+from splitft.engine.settings import ClientState, same_start
 from splitft.errors import AdapterError, CodecError, ProtocolError, SplitftError
 from splitft.messages import Frame, RoundEnd, Type, decode
 
@@ -149,7 +149,7 @@ def test_an_end_after_half_a_step_is_refused() -> None:
     drive = Drive(federation_of(gradient_accumulation=2), steps=1)
     drive.deliver(0)
     columns = drive.federation.layout.columns(0, 1)
-    end = round_end_frame(0, 4, 10, 0.0, 0.0, torch.zeros(columns.stop - columns.start), Identity()).encode()
+    end = round_end_frame(drive.plan.plans[0], 4, 10, 0.0, 0.0, torch.zeros(columns.stop - columns.start), Identity()).encode()
     with pytest.raises(ProtocolError, match="closed the round"):
         drive.server.handle([(0, end)])
 
@@ -192,7 +192,7 @@ def test_one_bad_message_among_several_does_not_cost_the_others_their_round(fed:
 
     calm, found = Drive(fed), Drive(fed)
     for drive in (calm, found):
-        drive.server = Server(fed, drive.plan, 0, fed.layout.initial_row(1), {}, deterministic)
+        drive.server = Server(fed, drive.plan, 0, same_start(fed.layout.initial_row(1)), {}, deterministic)
     turn = [(client, found.waiting[client]) for client in range(3)]
     with pytest.raises(ProtocolError):
         found.server.handle([(client, bad(found, message) if client == BAD_CLIENT else message) for client, message in turn])

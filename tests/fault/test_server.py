@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -50,7 +51,9 @@ def outside(packet: Packet) -> Packet:
 
 
 def early_end(drive: Drive, message: bytes) -> bytes:
-    return round_end_frame(BAD_CLIENT, drive.plan.round, 10, 0.0, 0.0, torch.zeros(5), Identity()).encode()
+    return round_end_frame(
+        replace(drive.plan.plans[0], client=BAD_CLIENT), drive.plan.round, 10, 0.0, 0.0, torch.zeros(5), Identity()
+    ).encode()
 
 
 def lengths_of(message: bytes) -> tuple[int, ...]:

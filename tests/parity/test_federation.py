@@ -11,7 +11,7 @@ from splitft.compress.base import HEADER_BYTES
 from splitft.compress.cast import Cast
 from splitft.engine.cohort import CohortExecutor
 from splitft.engine.ledger import Ledger
-from splitft.engine.settings import ClientState, Federation
+from splitft.engine.settings import ClientState, Federation, same_start
 from splitft.engine.workers import WorkersExecutor
 from splitft.messages import FRAME_BYTES, STEP_BYTES
 from splitft.optimizer import AdamW, Schedule
@@ -41,9 +41,9 @@ def run(
     executor, current, states, first_step = executors(fed)[name], start.clone(), {k: ClientState() for k in range(len(fed.clients))}, 0
     history, ledgers = [], []
     for index, chosen in enumerate(rounds, 1):
-        result = executor.train(RoundPlan(index, tuple(chosen)), first_step, current, states, lambda count: None)
+        result = executor.train(RoundPlan(index, tuple(chosen)), first_step, same_start(current), states, lambda count: None)
         updates = Updates(tuple(one.client for one in result.plans), tuple(result.targets), result.values, fed.layout)
-        current, _ = Average().merge(current, updates, {})
+        current = Average().merge(current, updates, {}).adapters
         states.update(result.states)
         history.append(result.step_losses)
         ledgers.append(result.ledger)
@@ -143,8 +143,8 @@ def test_batched_cohort_equals_clients_one_after_another() -> None:
     fed = federation(clients=5, length=(6, 12))
     start = fed.layout.initial_row(1)
     rounds = [plans([1, 2, 3, 4, 2])]
-    alone = CohortExecutor(fed, 1).train(RoundPlan(1, tuple(rounds[0])), 0, start, {}, lambda count: None)
-    together = CohortExecutor(fed, 5).train(RoundPlan(1, tuple(rounds[0])), 0, start, {}, lambda count: None)
+    alone = CohortExecutor(fed, 1).train(RoundPlan(1, tuple(rounds[0])), 0, same_start(start), {}, lambda count: None)
+    together = CohortExecutor(fed, 5).train(RoundPlan(1, tuple(rounds[0])), 0, same_start(start), {}, lambda count: None)
     for one, other in zip(alone.values, together.values, strict=True):
         close(one, other, start)
     assert alone.ledger.clients == together.ledger.clients
@@ -192,7 +192,7 @@ def test_aggregation_that_ignores_weights_would_be_caught() -> None:
     start = fed.layout.initial_row(1)
     chosen = plans([1, 2, 3])
     expected, _ = federated(fed, "gpt2", start, [chosen])
-    result = CohortExecutor(fed).train(RoundPlan(1, tuple(chosen)), 0, start, {}, lambda count: None)
+    result = CohortExecutor(fed).train(RoundPlan(1, tuple(chosen)), 0, same_start(start), {}, lambda count: None)
     assert len(set(result.targets)) > 1, "the clients must differ in tokens for this test to mean anything"
     unweighted = result.values.double().mean(0).float()
     with pytest.raises(AssertionError):

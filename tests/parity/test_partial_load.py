@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from splitft.engine.client import Client
 from splitft.engine.exchange import Ownership, round_start_frame, take
 from splitft.engine.server import Server
-from splitft.engine.settings import ClientState, Federation
+from splitft.engine.settings import ClientState, Federation, same_start
 from splitft.lora import Layout
 from splitft.models.load import load_model, load_model_config
 from splitft.selfcheck import inspect_family
@@ -106,11 +106,11 @@ def test_partly_loaded_sides_train_like_the_whole_model(u_shape: bool, tmp_path:
 
     def side(blocks: list[int], needs_exit: bool) -> Federation:
         split = SplitModel(load_model(str(tmp_path / "whole"), config, blocks=blocks, needs_exit=needs_exit), anatomy, owned=blocks)
-        return Federation(split, whole.layout, whole.clients, whole.orders, whole.settings, VOCABULARY, whole.device)
+        return Federation(split, whole.layout, whole.clients, whole.orders, whole.settings, VOCABULARY, whole.device, whole.start)
 
     def round_of(client_side: Federation, server_side: Federation) -> torch.Tensor:
         columns = Ownership(plan, BLOCKS).client_columns(whole.layout)
-        server = Server(server_side, round_plan, 0, start, {}, True)
+        server = Server(server_side, round_plan, 0, same_start(start), {}, True)
         opening = round_start_frame(plan, 1, 0, whole.settings, take(start, columns)).encode()
         InProcess().carry({0: Client(client_side, 0, ClientState()).round(opening)}, server.handle, lambda *seen: None)
         return server.bank.values[0].clone()

@@ -22,9 +22,9 @@ PAIRS = st.lists(
 def average(pairs: list[tuple[int, float, float]]) -> list[float]:
     values = torch.tensor([[first, second] for _, first, second in pairs])
     given_updates = Updates(tuple(range(len(pairs))), tuple(tokens for tokens, _, _ in pairs), values, LAYOUT)
-    merged, state = Average().merge(torch.full((2,), 123.0), given_updates, {})
-    assert state == {}
-    return [float(value) for value in merged]
+    merged = Average().merge(torch.full((2,), 123.0), given_updates, {})
+    assert merged.state == {}
+    return [float(value) for value in merged.adapters]
 
 
 @given(PAIRS)

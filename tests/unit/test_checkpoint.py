@@ -171,7 +171,7 @@ def test_a_state_file_with_a_wrong_field_is_refused(tmp_path: Path, field: str, 
 def test_another_format_names_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = save(tmp_path, state(), 2)
     monkeypatch.setattr(checkpoint, "FORMAT", 9)
-    with pytest.raises(CheckpointError, match=r"has format 1, this version reads 9") as caught:
+    with pytest.raises(CheckpointError, match=r"has format 2, this version reads 9") as caught:
         load(path)
     assert "the splitft version that wrote it" in caught.value.remedy
 

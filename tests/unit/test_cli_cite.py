@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import re
-from typing import ClassVar
+from pathlib import Path
+from typing import ClassVar, get_args
 
 import pytest
 
+from splitft import catalog
 from splitft.apps import cite
-from splitft.config import load_config
+from splitft.config import Component, RunConfig, SplitSection, load_config
+
+METHODS = (Path(__file__).resolve().parents[2] / "docs" / "methods.md").read_text("utf-8")
 
 
 class Temporal:
@@ -32,8 +36,27 @@ def test_every_run_cites_its_foundations_once() -> None:
         ("partition.name=dirichlet", "1909.06335", True),
         ("partition.name=iid", "1909.06335", False),
         ("aggregator.name=average", "1602.05629", True),
+        ("aggregator.name=product", "2503.00813", True),
+        ("aggregator.name=product", "2403.12313", False),
+        ("aggregator={name='fed_adam', rule='product'}", "2003.00295", True),
+        ("aggregator={name='fed_adam', rule='product'}", "2402.11505", True),
+        ("aggregator={name='fed_adam', rule={name='krum', rule='stack'}}", "2409.05976", True),
+        ("policy.name=combined", "2403.13101", True),
+        ("policy.name=fixed", "2403.13101", False),
+        ("ranks.name=importance", "2505.02795", True),
+        ("synchronisation.name=drift", "2505.04535", True),
+        ("work.name=balanced", "2007.07481", True),
         ("split.labels=client", cite.U_SHAPE, True),
         ("split.labels=server", cite.U_SHAPE, False),
+        ("split.server=unaveraged", "2012.12591", True),
+        ("split.server=per_client", "2012.12591", False),
+        ("split.server=shared", "2407.00952", True),
+        ("split.server=sequential", "2004.12088", True),
+        ("network.downlink_order=longest_first", "2511.15404", True),
+        ("network.downlink_order=together", "2511.15404", False),
+        ("clients.buffer=2", "2106.06639", True),
+        ("clients.buffer=2", "1903.03934", True),
+        ("clients.buffer=0", "1903.03934", False),
     ],
 )
 def test_references_of_the_real_components(override: str, reference: str, expected: bool) -> None:
@@ -54,9 +77,50 @@ def test_a_name_in_another_table_is_another_method() -> None:
     assert "2501.00001" not in cite.references_of(config, {"uplink": {}, "policy": {"temporal": Temporal}})
 
 
-def test_every_reference_of_a_component_is_known_in_full() -> None:
+def test_a_rule_by_name_is_cited_and_other_texts_are_not_taken_for_names() -> None:
+    config = load_config(None, ["aggregator={name='temporal', rule='plain', title='other'}"])
+    table = {"temporal": Plain, "plain": Temporal, "other": type("Other", (), {"references": ("2501.00002",)})}
+    ids = cite.references_of(config, {"aggregator": table})
+    assert "2501.00001" in ids
+    assert "2501.00002" not in ids
+    assert cite.RULE == catalog.INNER
+
+
+def test_no_component_of_the_configuration_is_left_out() -> None:
+    assert set(cite.SEAMS) == {name for name, field in RunConfig.model_fields.items() if field.annotation is Component}
+
+
+def test_every_server_mode_is_either_the_foundation_s_or_has_a_paper() -> None:
+    modes = get_args(SplitSection.model_fields["server"].annotation)
+    assert set(modes) == {"per_client", *cite.SERVER_MODES}
+
+
+def test_every_reference_that_a_run_may_name_is_known_in_full() -> None:
     named = {name for table in cite.catalogue().values() for kind in table.values() for name in getattr(kind, "references", ())}
-    assert {*named, *cite.ALWAYS, cite.U_SHAPE} <= set(cite.REFERENCES)
+    by_field = {*cite.SERVER_MODES.values(), cite.LONGEST_FIRST, *cite.ASYNCHRONOUS, cite.U_SHAPE}
+    assert {*named, *by_field, *cite.ALWAYS} <= set(cite.REFERENCES)
+
+
+@pytest.mark.parametrize("seam", ["policy", "ranks", "work", "aggregator", "synchronisation"])
+def test_the_methods_page_has_every_method_and_its_papers(seam: str) -> None:
+    for name, kind in cite.catalogue()[seam].items():
+        assert f"`{name}`" in METHODS, name
+        for reference in getattr(kind, "references", ()):
+            assert f"arxiv.org/abs/{reference}" in METHODS, (name, reference)
+
+
+def test_the_methods_page_has_what_plain_fields_follow() -> None:
+    for reference in (*cite.SERVER_MODES.values(), cite.LONGEST_FIRST, *cite.ASYNCHRONOUS):
+        assert f"arxiv.org/abs/{reference}" in METHODS
+
+
+def test_the_methods_page_says_of_every_aggregation_rule_what_it_can_do() -> None:
+    """Its table: rule, unequal ranks, folds into the frozen weights, uploads in parts."""
+    rows = dict(re.findall(r"^\| `(\w+)` \| ((?:[^|\n]+ \| )+)[^|\n]*\|$", METHODS.split("## What goes with what")[1], re.MULTILINE))
+    for name, kind in catalog.AGGREGATORS.items():
+        rule = kind()
+        said = [cell.strip().startswith("yes") for cell in rows[name].split("|")[:3]]
+        assert said == [rule.unequal_ranks, rule.folds, rule.partial_uploads], name
 
 
 def test_references_are_well_formed() -> None:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from unit.cost_shapes import BLOCK, DEVICE, SERVER, SHAPE, cost_model
+from unit.cost_shapes import BLOCK, DEVICE, SHAPE, cost_model
 
 from splitft.adapt.choose import MEMORY_SHARE, SLACK, choose_cut, choose_cuts, reference_step_s
-from splitft.adapt.cost import CostModel, schedule, step_seconds, step_stages
-from splitft.clock import STEP_KINDS, U_SHAPED_STEP_KINDS, simulate_round
+from splitft.adapt.cost import CostModel
 from splitft.errors import ConfigError, ResourceError
 from splitft.types import Profile
 
@@ -93,6 +92,66 @@ def test_rank_comes_from_the_plan_and_modules_match_by_ending() -> None:
     assert everything.cost(everything.plan(1)).adapters_up_bytes > low.adapters_up_bytes
 
 
+def test_a_whole_model_sends_adapters_and_nothing_else() -> None:
+    for tail_blocks in (0, 2):
+        model = cost_model(exit_on_client=True, tail_blocks=tail_blocks)
+        whole, split = model.cost(model.plan(6 - tail_blocks)), model.cost(model.plan(3))
+        assert (whole.whole, split.whole) == (True, False)
+        assert (whole.uplink_bytes, whole.downlink_bytes, whole.server_flops) == (0.0, 0.0, 0.0)
+        assert whole.adapters_up_bytes == whole.adapters_down_bytes == 6 * 4 * (32 + 96) * 4
+        assert whole.client_flops == pytest.approx(split.client_flops + split.server_flops)
+    everything_but_the_exit = cost_model().cost(cost_model().plan(6))
+    assert not everything_but_the_exit.whole
+    assert everything_but_the_exit.uplink_bytes > 0
+
+
+def test_every_adapter_has_its_own_rank() -> None:
+    model = cost_model(modules=("attn.c_attn", "mlp.c_proj"))
+    plan = model.plan(2)
+    assert model.cost(replace(plan, ranks=(4,) * 12)) == replace(model.cost(plan), plan=replace(plan, ranks=(4,) * 12))
+    # attn.c_attn comes before mlp.c_proj in every block: widths 128 and 160.
+    ranks = (1, 2, 3, 0, *(5,) * 8)
+    cost = model.cost(replace(plan, ranks=ranks))
+    assert cost.adapters_up_bytes == cost.adapters_down_bytes == 4 * (128 * (1 + 3) + 160 * 2)
+    assert cost.client_memory.adapters_bytes == 4 * (128 * (1 + 3) + 160 * 2)
+    assert cost.server_memory.adapters_bytes == 4 * 4 * 5 * (128 + 160)
+    bare = model.cost(replace(plan, ranks=(0,) * 12))
+    assert cost.front_forward_flops - bare.front_forward_flops == 2 * TOKENS * (128 * (1 + 3) + 160 * 2)
+    assert cost.front_backward_flops - bare.front_backward_flops == 4 * TOKENS * (128 * 4 + 160 * 2) - 2 * TOKENS * 32
+    assert cost.client_memory.activations_bytes - bare.client_memory.activations_bytes == TOKENS * 4 * (1 + 2 + 3)
+
+
+def test_ranks_follow_the_module_path_and_not_the_order_in_the_model() -> None:
+    backwards = replace(SHAPE, blocks=(replace(BLOCK, projections=BLOCK.projections[::-1]),) * 6)
+    ranks = tuple(range(24))
+    first, second = (cost_model(shape, modules=()) for shape in (SHAPE, backwards))
+    assert first.cost(replace(first.plan(1), ranks=ranks)) == second.cost(replace(second.plan(1), ranks=ranks))
+    assert first.cost(replace(first.plan(1), ranks=ranks)).adapters_up_bytes == 4 * (1 * 64 + 2 * 160 + 3 * 160)
+
+
+@pytest.mark.parametrize("ranks", [(4,) * 5, (4,) * 7, (4, 4, 4, 4, 4, -1)])
+def test_ranks_that_do_not_fit_are_refused(ranks: tuple[int, ...]) -> None:
+    with pytest.raises(ConfigError, match=rf"client 3 has {len(ranks)} ranks, the smallest {min(ranks)}; small has 6 adapted"):
+        cost_model().cost(replace(cost_model().plan(2, client=3), ranks=ranks))
+
+
+def test_adapters_that_stay_are_not_sent() -> None:
+    model = cost_model()
+    whole = model.cost(model.plan(2)).adapters_up_bytes
+    kept = model.cost(replace(model.plan(2), download=False, upload=False))
+    assert (kept.adapters_down_bytes, kept.adapters_up_bytes) == (0.0, 0.0)
+    segment = model.cost(replace(model.plan(2), segment=1, segments=4))
+    assert (segment.adapters_down_bytes, segment.adapters_up_bytes) == (whole, whole / 4)
+
+
+def test_a_block_costs_its_weights_to_fetch() -> None:
+    wide = replace(BLOCK, parameters=99_000)
+    model = cost_model(replace(SHAPE, blocks=(BLOCK, wide, BLOCK)), weight_bytes=2)
+    assert [model.block_bytes(block) for block in range(3)] == [26_000.0, 198_000.0, 26_000.0]
+    deeper = model.cost(model.plan(2)).client_memory.weights_bytes - model.cost(model.plan(1)).client_memory.weights_bytes
+    assert model.block_bytes(1) == deeper
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -114,28 +173,6 @@ def test_a_cut_outside_the_model_is_refused(cut: int) -> None:
     model = cost_model()
     with pytest.raises(ConfigError, match=rf"cut {cut} of client 5 is out of range; small allows 1\.\.6"):
         model.cost(model.plan(cut, client=5))
-
-
-def test_stages_are_those_of_the_clock_and_add_up() -> None:
-    for fields, kinds in (({}, STEP_KINDS), ({"exit_on_client": True, "tail_blocks": 2}, U_SHAPED_STEP_KINDS)):
-        model = cost_model(local_steps=5, **fields)
-        cost = model.cost(model.plan(2, client=7))
-        assert tuple(stage.kind for stage in step_stages(cost, DEVICE, SERVER)) == kinds
-        seconds = step_seconds(cost, DEVICE, SERVER)
-        transfers = sum(kind in ("uplink", "downlink", "uplink_gradient", "downlink_gradient") for kind in kinds)
-        assert seconds.client_s == pytest.approx(cost.client_flops / 1e8)
-        assert seconds.server_s == pytest.approx(cost.server_flops / 1e9)
-        assert seconds.link_s == pytest.approx(cost.uplink_bytes / 1e6 + cost.downlink_bytes / 2e6 + transfers * 0.01)
-        timing = simulate_round([schedule(cost.plan, cost, DEVICE, SERVER)])
-        adapters_s = cost.adapters_up_bytes / 1e6 + cost.adapters_down_bytes / 2e6 + 2 * 0.01
-        assert timing.clients[0].client == 7
-        assert timing.duration_s == pytest.approx(5 * seconds.total_s + adapters_s)
-
-
-def test_counted_bytes_can_replace_predicted_ones() -> None:
-    cost = cost_model().cost(cost_model().plan(2))
-    counted = replace(cost, activations_up_bytes=cost.activations_up_bytes + 1e6)
-    assert step_seconds(counted, DEVICE, SERVER).link_s == pytest.approx(step_seconds(cost, DEVICE, SERVER).link_s + 1.0)
 
 
 # --- choosing a cut

@@ -82,7 +82,7 @@ def test_the_layout_of_a_started_adapter_is_found_without_weights(run: Federated
 
 
 def test_the_adapter_names_where_the_base_model_is(run: FederatedRun, tmp_path: Path) -> None:
-    write_run_adapter(tmp_path / "of-run", run.assembly, run._run)
+    write_run_adapter(tmp_path / "of-run", run.assembly, run._run, {})
     for folder in (export(run.folder, tmp_path / "adapter"), tmp_path / "of-run"):
         facts = json.loads((folder / CONFIG).read_text())
         assert (facts["base_model_name_or_path"], facts["revision"]) == (run.config.model.path, None)

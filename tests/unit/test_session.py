@@ -225,8 +225,9 @@ def test_derived_cuts_use_every_client_s_own_row_length(tmp_path: Path) -> None:
     )
     built = run.assembly
     assert built.costs[0].sequence_tokens > 3 * built.costs[1].sequence_tokens
-    assert run.state.policy == {"cuts": [choice.cut for choice in choose_cuts(built.costs, built.profiles)]}
-    assert run.state.policy["cuts"] != [choice.cut for choice in choose_cuts(built.costs[:1] * 2, built.profiles)]
+    profiles = [device.profile for device in built.devices]
+    assert run.state.policy == {"cuts": [choice.cut for choice in choose_cuts(built.costs, profiles)]}
+    assert run.state.policy["cuts"] != [choice.cut for choice in choose_cuts(built.costs[:1] * 2, profiles)]
     run.close()
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from splitft.engine.cohort import CohortExecutor
 from splitft.engine.server import Server
-from splitft.engine.settings import Federation, RoundResult
+from splitft.engine.settings import Federation, RoundResult, same_start
 from splitft.engine.workers import WorkersExecutor
 from splitft.errors import AdapterError
 from splitft.lora import AdapterBank, Layout
@@ -252,7 +252,7 @@ def test_gradient_checkpointing_changes_neither_loss_nor_gradients(family: str) 
 
 def trained(fed: Federation, name: str, plans: tuple[Plan, ...]) -> RoundResult:
     executor = CohortExecutor(fed) if name == "cohort" else WorkersExecutor(fed, InProcess(), deterministic=name == "workers")
-    return executor.train(RoundPlan(1, plans), 0, fed.layout.initial_row(1), {}, lambda count: None)
+    return executor.train(RoundPlan(1, plans), 0, same_start(fed.layout.initial_row(1)), {}, lambda count: None)
 
 
 @pytest.mark.parametrize("u_shape", [False, True])
@@ -274,16 +274,16 @@ def test_a_family_that_cannot_be_ragged_is_served_one_by_one() -> None:
     fed = federation()
     plan = RoundPlan(1, tuple(Plan(client, 1 + client, 1, 3) for client in range(3)))
     start = fed.layout.initial_row(1)
-    assert Server(fed, plan, 0, start, {}, deterministic=False).deterministic is False
+    assert Server(fed, plan, 0, same_start(start), {}, deterministic=False).deterministic is False
     object.__setattr__(fed.split.anatomy, "ragged", False)
-    assert Server(fed, plan, 0, start, {}, deterministic=False).deterministic is True
+    assert Server(fed, plan, 0, same_start(start), {}, deterministic=False).deterministic is True
 
 
 @pytest.mark.parametrize(("deterministic", "calls"), [(False, [6]), (True, [2, 2, 2])])
 def test_sessions_that_wait_together_share_one_server_pass(deterministic: bool, calls: list[int]) -> None:
     fed = federation(length=(6, 12))
     drive = Drive(fed)
-    server = Server(fed, drive.plan, 0, fed.layout.initial_row(1), {}, deterministic)
+    server = Server(fed, drive.plan, 0, same_start(fed.layout.initial_row(1)), {}, deterministic)
     seen, done = rows_seen(fed.split)
     replies = server.handle(sorted(drive.waiting.items()))
     done()

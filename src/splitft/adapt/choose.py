@@ -15,7 +15,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
-from splitft.adapt.cost import CostModel, PlanCost, step_seconds
+from splitft.adapt.cost import CostModel, PlanCost
+from splitft.adapt.schedule import step_seconds
 from splitft.errors import ResourceError
 from splitft.types import Profile
 
@@ -51,7 +52,7 @@ def reference_step_s(costs: Sequence[CostModel], profiles: Sequence[Profile]) ->
 def choose_cut(costs: CostModel, profile: Profile, reference_s: float | None = None) -> CutChoice:
     """The cut for one device by the rule above; without `reference_s` the device is its own median.
 
-    Raises ResourceError if even cut 1 does not fit.
+    Raises ResourceError if even the shallowest cut allowed does not fit.
     """
     options = costs.every_cut()
     reference_s = _fastest_s(options, costs, profile) if reference_s is None else reference_s
@@ -64,6 +65,11 @@ def choose_cuts(costs: Sequence[CostModel], profiles: Sequence[Profile]) -> tupl
         return ()
     reference_s = reference_step_s(costs, profiles)
     return tuple(_each_client(costs, profiles, lambda options, cost, profile: _choose(options, cost, profile, reference_s)))
+
+
+def fitting_cuts(costs: CostModel, profile: Profile) -> list[PlanCost]:
+    """The costs of the allowed cuts that fit the device, the shallowest first, without a gap. Raises ResourceError if there is none."""
+    return _fitting(costs.every_cut(), costs, profile)
 
 
 def memory_budget_bytes(profile: Profile) -> float:

@@ -1,13 +1,13 @@
-"""What a plan costs, from shapes alone: flops, bytes, memory and seconds. Arithmetic only; no weights, no clock, no torch.
+"""What a plan costs, from shapes alone: flops, bytes and memory. Arithmetic only; no weights, no clock, no torch.
 
 Notation: n tokens of a step (batch size x tokens per sequence t), P active parameters of a block, w its attention width, d the
-hidden width, v the vocabulary, r the rank; i and o the widths of an adapted projection. A multiplication and an addition are two
+hidden width, v the vocabulary, r the rank of an adapter; i and o the widths of its projection. A multiplication and an addition are two
 flops. Element-wise work (norms, activations, softmax, optimizer) is left out: together a few per cent of a step.
 
 Per block and step (the terms of Kaplan et al. 2020, arXiv 2001.08361, table 1, with a frozen base):
 
-    forward   = 2 n P  +  4 n t w  +  2 n r sum(i + o)
-    backward  = 2 n P  +  8 n t w  +  4 n r sum(i + o)
+    forward   = 2 n P  +  4 n t w  +  2 n sum r(i + o)
+    backward  = 2 n P  +  8 n t w  +  4 n sum r(i + o)
 
 Frozen matrices need the gradient of their input and none of themselves, so their backward costs what their forward does and not
 twice as much; attention's two products need four in the backward; LoRA's two products (Hu et al. 2021, arXiv 2106.09685) need four
@@ -23,9 +23,10 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
-from splitft.clock import ADAPTERS_DOWN, ADAPTERS_UP, ClientSchedule, Resource, Stage, Step
+from splitft.clock import Network
 from splitft.errors import ConfigError
 from splitft.types import BlockShape, Direction, Kind, ModelShape, Plan, Profile, Projection
 
@@ -66,7 +67,7 @@ class Memory:
 class PlanCost:
     """What one step (flops, bytes each way) and one round (adapter bytes) of one client cost under one plan.
 
-    Byte fields may be replaced by counted bytes (`dataclasses.replace`) before `schedule`, so that the virtual clock
+    Byte fields may be replaced by counted bytes (`dataclasses.replace`) before `adapt.schedule.schedule`, so that the virtual clock
     runs on what really crossed the wire. The server's weights are shared by all its sessions; the rest of `server_memory` is for one.
     """
 
@@ -86,6 +87,11 @@ class PlanCost:
     adapters_down_bytes: float
     client_memory: Memory
     server_memory: Memory
+
+    @property
+    def whole(self) -> bool:
+        """Whether the client holds the whole model: then nothing crosses a cut, and the server has no block to compute."""
+        return self.plan.exit_on_client and self.back_forward_flops == 0.0
 
     @property
     def exit_flops(self) -> float:
@@ -130,18 +136,11 @@ class PlanCost:
         }
 
 
-@dataclass(frozen=True)
-class StepSeconds:
-    """One step of one client that has the server to itself, divided by where the time goes."""
+class _Held(NamedTuple):
+    """A block and its adapters: every adapted projection, in the layout's order, with its rank."""
 
-    client_s: float
-    link_s: float
-    server_s: float
-
-    @property
-    def total_s(self) -> float:
-        """The whole step."""
-        return self.client_s + self.link_s + self.server_s
+    shape: BlockShape
+    adapters: tuple[tuple[Projection, int], ...]
 
 
 @dataclass(frozen=True)
@@ -171,6 +170,9 @@ class CostModel:
     label_bytes: float = 4.0
     packet_header_bytes: float = 0.0
     checkpointing: bool = False
+    minimum_cut: int = 1
+    maximum_cut: int = 0
+    network: Network = field(default_factory=Network)
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "sequence_tokens", "rank", "local_steps"):
@@ -188,8 +190,14 @@ class CostModel:
 
     @property
     def deepest_cut(self) -> int:
-        """The deepest cut allowed: every block but the tail blocks. At that cut the server has no blocks, only the exit if anything."""
-        return len(self.shape.blocks) - self.tail_blocks
+        """The deepest cut allowed: `maximum_cut`, or (0) every block but the tail blocks, which leaves the server at most the exit."""
+        every = len(self.shape.blocks) - self.tail_blocks
+        return min(self.maximum_cut, every) if self.maximum_cut else every
+
+    @property
+    def shallowest_cut(self) -> int:
+        """The shallowest cut allowed."""
+        return min(self.minimum_cut, self.deepest_cut)
 
     def plan(self, cut: int, client: int = 0) -> Plan:
         """The plan of this run at `cut`."""
@@ -198,7 +206,9 @@ class CostModel:
     def cost(self, plan: Plan) -> PlanCost:
         """Flops, bytes and memory of `plan`; the formulas stand at the top of this file and at `Memory`.
 
-        Raises ConfigError for a cut outside 1..blocks - tail_blocks.
+        `plan.ranks`, if given, has one rank per adapted projection of the model, sorted by block and module path; else all have
+        `plan.rank`. A segment of an upload is counted as an even share. Raises ConfigError for a cut outside 1..blocks - tail_blocks
+        and for ranks that do not fit the adapted projections.
         """
         _check_tail(self.shape, plan.exit_on_client, plan.tail_blocks)
         end = len(self.shape.blocks) - plan.tail_blocks
@@ -208,43 +218,62 @@ class CostModel:
                 f"({len(self.shape.blocks)} blocks, {plan.tail_blocks} of them tail blocks).",
                 "Choose a cut in that range.",
             )
-        front, back, tail = self.shape.blocks[: plan.cut], self.shape.blocks[plan.cut : end], self.shape.blocks[end:]
-        flops = self._flops(front, back, tail, plan.rank)
-        hidden_values = self.batch_size * self.sequence_tokens * self.shape.hidden_size
-        up_bytes = hidden_values * self.uplink_bytes_per_value + self.packet_header_bytes
-        down_bytes = hidden_values * self.downlink_bytes_per_value + self.packet_header_bytes
-        label_bytes = self.batch_size * self.sequence_tokens * self.label_bytes + self.packet_header_bytes
+        held = self._held(plan)
+        front, back, tail = held[: plan.cut], held[plan.cut : end], held[end:]
         on_client = front + tail
-        adapter_bytes = self._adapter_parameters(on_client, plan.rank) * self.adapter_bytes
         client_memory, server_memory = self._memories(on_client, back, plan)
+        adapter_bytes = _adapter_parameters(on_client) * self.adapter_bytes
         return PlanCost(
             plan,
-            *flops,
-            activations_up_bytes=up_bytes,
-            labels_up_bytes=0.0 if plan.exit_on_client else label_bytes,
-            gradients_up_bytes=up_bytes if plan.exit_on_client else 0.0,
-            activations_down_bytes=down_bytes if plan.exit_on_client else 0.0,
-            gradients_down_bytes=down_bytes,
-            adapters_up_bytes=adapter_bytes,
-            adapters_down_bytes=adapter_bytes,
+            *self._flops(front, back, tail),
+            *self._crossing(plan),
+            adapters_up_bytes=adapter_bytes / plan.segments if plan.upload else 0.0,
+            adapters_down_bytes=adapter_bytes if plan.download else 0.0,
             client_memory=client_memory,
             server_memory=server_memory,
         )
 
     def every_cut(self) -> tuple[PlanCost, ...]:
-        """The cost of cut 1, 2, .. deepest."""
-        return tuple(self.cost(self.plan(cut)) for cut in range(1, self.deepest_cut + 1))
+        """The cost of every cut allowed, the shallowest first."""
+        return tuple(self.cost(self.plan(cut)) for cut in range(self.shallowest_cut, self.deepest_cut + 1))
 
-    def _adapted(self, block: BlockShape) -> tuple[Projection, ...]:
-        if not self.modules:
-            return block.projections
-        return tuple(item for item in block.projections if any(_matches(item.module, module) for module in self.modules))
+    def block_bytes(self, block: int) -> float:
+        """What a client has to fetch before it can hold this block (an index into `shape.blocks`): its frozen weights."""
+        return self.shape.blocks[block].parameters * self.weight_bytes
 
-    def _adapter_parameters(self, blocks: Sequence[BlockShape], rank: int) -> int:
-        return sum(rank * (item.inputs + item.outputs) for block in blocks for item in self._adapted(block))
+    def _crossing(self, plan: Plan) -> tuple[float, float, float, float, float]:
+        """Bytes of activations, labels and gradients up, activations and gradients down, in the order of PlanCost's fields."""
+        if plan.is_whole(len(self.shape.blocks)):
+            return 0.0, 0.0, 0.0, 0.0, 0.0
+        tokens = self.batch_size * self.sequence_tokens
+        up_bytes = tokens * self.shape.hidden_size * self.uplink_bytes_per_value + self.packet_header_bytes
+        down_bytes = tokens * self.shape.hidden_size * self.downlink_bytes_per_value + self.packet_header_bytes
+        if plan.exit_on_client:
+            return up_bytes, 0.0, up_bytes, down_bytes, down_bytes
+        return up_bytes, tokens * self.label_bytes + self.packet_header_bytes, 0.0, 0.0, down_bytes
+
+    def _held(self, plan: Plan) -> tuple[_Held, ...]:
+        """All blocks with the ranks of their adapters."""
+        adapted = [self._adapted(block) for block in self.shape.blocks]
+        entries = sum(map(len, adapted))
+        if plan.ranks and (len(plan.ranks) != entries or min(plan.ranks) < 0):
+            raise ConfigError(
+                f"the plan of client {plan.client} has {len(plan.ranks)} ranks, the smallest {min(plan.ranks)}; {self.shape.name} has "
+                f"{entries} adapted projections, and a rank is 0 or more.",
+                "Give one rank per adapted projection, or none.",
+            )
+        ranks = iter(plan.ranks or (plan.rank,) * entries)
+        return tuple(
+            _Held(block, tuple((item, next(ranks)) for item in items)) for block, items in zip(self.shape.blocks, adapted, strict=True)
+        )
+
+    def _adapted(self, block: BlockShape) -> list[Projection]:
+        """The adapted projections of a block in the layout's order."""
+        chosen = (item for item in block.projections if not self.modules or any(_matches(item.module, one) for one in self.modules))
+        return sorted(chosen, key=lambda item: item.module)
 
     def _flops(
-        self, front: Sequence[BlockShape], back: Sequence[BlockShape], tail: Sequence[BlockShape], rank: int
+        self, front: Sequence[_Held], back: Sequence[_Held], tail: Sequence[_Held]
     ) -> tuple[float, float, float, float, float, float]:
         """Forward and backward flops of front, back, and exit with tail, in the order of PlanCost's fields."""
         tokens = self.batch_size * self.sequence_tokens
@@ -252,51 +281,55 @@ class CostModel:
         backward = [0.0, 0.0, 0.0]
         for part, blocks in enumerate((front, back, tail)):
             for block in blocks:
-                matrices = 2.0 * tokens * block.active_parameters
+                matrices = 2.0 * tokens * block.shape.active_parameters
                 attention = 4.0 * tokens * self.sequence_tokens * self.shape.attention_width
-                adapters = 2.0 * tokens * self._adapter_parameters((block,), rank)
+                adapters = 2.0 * tokens * _adapter_parameters((block,))
                 forward[part] += matrices + attention + adapters
                 backward[part] += matrices + 2 * attention + 2 * adapters
-        backward[0] -= self._unneeded_flops(front[0], rank)
+        backward[0] -= self._unneeded_flops(front[0])
         if self.checkpointing:  # the blocks' forward is done again in the backward
             backward = [once + again for once, again in zip(backward, forward, strict=True)]
         head = 2.0 * tokens * self.shape.head_parameters
         return forward[0], backward[0], forward[1], backward[1], forward[2] + head, backward[2] + head
 
-    def _unneeded_flops(self, first: BlockShape, rank: int) -> float:
+    def _unneeded_flops(self, first: _Held) -> float:
         """Input gradients that block 0 does not compute because nothing below it is trained."""
         tokens = self.batch_size * self.sequence_tokens
-        frozen = sum(item.inputs * item.outputs for item in first.projections if INPUT_READERS.search(item.module))
-        adapters = sum(rank * item.inputs for item in self._adapted(first) if INPUT_READERS.search(item.module))
+        frozen = sum(item.inputs * item.outputs for item in first.shape.projections if INPUT_READERS.search(item.module))
+        adapters = sum(rank * item.inputs for item, rank in first.adapters if INPUT_READERS.search(item.module))
         return 2.0 * tokens * (frozen + adapters)
 
-    def _memories(self, on_client: Sequence[BlockShape], back: Sequence[BlockShape], plan: Plan) -> tuple[Memory, Memory]:
+    def _memories(self, on_client: Sequence[_Held], back: Sequence[_Held], plan: Plan) -> tuple[Memory, Memory]:
         """Client's and server's memory. A tied head is the embedding: the client has it already, a server with the exit needs its own."""
         shape = self.shape
         exit_parameters = shape.exit_parameters + shape.head_parameters
-        client_parameters = shape.embedding_parameters + sum(block.parameters for block in on_client)
-        server_parameters = sum(block.parameters for block in back)
+        client_parameters = shape.embedding_parameters + sum(block.shape.parameters for block in on_client)
+        server_parameters = sum(block.shape.parameters for block in back)
         if plan.exit_on_client:
             client_parameters += shape.exit_parameters if shape.tied else exit_parameters
         else:
             server_parameters += exit_parameters
         return (
-            self._memory(client_parameters, on_client, plan.rank, plan.exit_on_client),
-            self._memory(server_parameters, back, plan.rank, not plan.exit_on_client),
+            self._memory(client_parameters, on_client, plan.exit_on_client),
+            self._memory(server_parameters, back, not plan.exit_on_client),
         )
 
-    def _memory(self, parameters: int, blocks: Sequence[BlockShape], rank: int, has_exit: bool) -> Memory:
+    def _memory(self, parameters: int, blocks: Sequence[_Held], has_exit: bool) -> Memory:
         tokens = self.batch_size * self.sequence_tokens
         width = self.shape.hidden_size
-        kept = [block.active_parameters / width + 4 * width + rank * len(self._adapted(block)) for block in blocks]
+        kept = [one.shape.active_parameters / width + 4 * width + sum(rank for _, rank in one.adapters) for one in blocks]
         values_per_token = len(kept) * width + max(kept, default=0.0) if self.checkpointing else sum(kept)
         activations_bytes = tokens * values_per_token * self.compute_bytes
         if has_exit:
             vocabulary = max(1, self.shape.vocabulary)
             chunk_tokens = min(tokens, max(16, LOGIT_CHUNK_VALUES // vocabulary))
             activations_bytes += LOGIT_COPIES * chunk_tokens * vocabulary * 4
-        adapters_bytes = float(self._adapter_parameters(blocks, rank) * ADAPTER_VALUE_BYTES)
+        adapters_bytes = float(_adapter_parameters(blocks) * ADAPTER_VALUE_BYTES)
         return Memory(parameters * self.weight_bytes, adapters_bytes, 3 * adapters_bytes, activations_bytes)
+
+
+def _adapter_parameters(blocks: Sequence[_Held]) -> int:
+    return sum(rank * (item.inputs + item.outputs) for block in blocks for item, rank in block.adapters)
 
 
 def _matches(path: str, module: str) -> bool:
@@ -313,53 +346,3 @@ def _check_tail(shape: ModelShape, exit_on_client: bool, tail_blocks: int) -> No
             f"tail_blocks is {tail_blocks}; {shape.name} has {len(shape.blocks)} blocks, so 0..{len(shape.blocks) - 1} are allowed.",
             "Leave at least one block for the front.",
         )
-
-
-def step_stages(cost: PlanCost, profile: Profile, server: Profile) -> Step:
-    """One step as the stages of the virtual clock; seconds = flops / flops_per_s, and bytes / bytes_per_s plus latency.
-
-    With the exit on the server the labels travel with the activations and the server does forward, exit and backward in one stage.
-    """
-
-    def compute(kind: str, resource: Resource, flops: float) -> Stage:
-        return Stage(kind, resource, flops / (server if resource == "server" else profile).flops_per_s)
-
-    def send_up(kind: str, byte_count: float) -> Stage:
-        return Stage(kind, "link", byte_count / profile.uplink_bytes_per_s, profile.latency_s)
-
-    def send_down(kind: str, byte_count: float) -> Stage:
-        return Stage(kind, "link", byte_count / profile.downlink_bytes_per_s, profile.latency_s)
-
-    first = (
-        compute("front_forward", "client", cost.front_forward_flops),
-        send_up("uplink", cost.activations_up_bytes + cost.labels_up_bytes),
-    )
-    last = compute("front_backward", "client", cost.front_backward_flops)
-    if not cost.plan.exit_on_client:
-        return (*first, compute("back", "server", cost.server_flops), send_down("downlink", cost.gradients_down_bytes), last)
-    return (
-        *first,
-        compute("back", "server", cost.back_forward_flops),
-        send_down("downlink", cost.activations_down_bytes),
-        compute("exit", "client", cost.exit_flops),
-        send_up("uplink_gradient", cost.gradients_up_bytes),
-        compute("back_backward", "server", cost.back_backward_flops),
-        send_down("downlink_gradient", cost.gradients_down_bytes),
-        last,
-    )
-
-
-def step_seconds(cost: PlanCost, profile: Profile, server: Profile) -> StepSeconds:
-    """The step of a client that finds the server free: the stages of `step_stages` added up by resource."""
-    seconds: dict[Resource, float] = {"client": 0.0, "link": 0.0, "server": 0.0}
-    for stage in step_stages(cost, profile, server):
-        seconds[stage.resource] += stage.total_s
-    return StepSeconds(seconds["client"], seconds["link"], seconds["server"])
-
-
-def schedule(plan: Plan, cost: PlanCost, profile: Profile, server: Profile) -> ClientSchedule:
-    """A client's round for the virtual clock: adapters down, `plan.local_steps` equal steps, adapters up."""
-    step = step_stages(cost, profile, server)
-    before = Stage(ADAPTERS_DOWN, "link", cost.adapters_down_bytes / profile.downlink_bytes_per_s, profile.latency_s)
-    after = Stage(ADAPTERS_UP, "link", cost.adapters_up_bytes / profile.uplink_bytes_per_s, profile.latency_s)
-    return ClientSchedule(plan.client, (step,) * plan.local_steps, (before,), (after,))

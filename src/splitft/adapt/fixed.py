@@ -41,17 +41,19 @@ class Fixed(Policy):
                 f"policy.cuts has {len(self.cuts)} entries for {clients} clients; allowed are one for all or one per client.",
                 f"Give 1 or {clients} cuts, or leave policy.cuts empty to have them derived.",
             )
-        deepest, tail_blocks = costs[0].deepest_cut, costs[0].tail_blocks  # the same for every client
+        shallowest, deepest, tail_blocks = costs[0].shallowest_cut, costs[0].deepest_cut, costs[0].tail_blocks  # the same for every client
         problems = tuple(
-            f"policy.cuts[{position}] is {cut}; allowed is 1..{deepest}"
+            f"policy.cuts[{position}] is {cut}; allowed is {shallowest}..{deepest}"
             for position, cut in enumerate(self.cuts)
-            if not 1 <= cut <= deepest
+            if not shallowest <= cut <= deepest
         )
         if problems:
             tail = f", of which {tail_blocks} stay behind the server on the client" if tail_blocks else ""
+            bounded = (shallowest, deepest) != (1, len(shape.blocks) - tail_blocks)
+            remedy = f"Choose cuts from {shallowest} to {deepest}"
             raise ConfigError(
                 f"policy.cuts does not suit {shape.name}, which has {len(shape.blocks)} blocks{tail}: {problems[0]}.",
-                f"Choose cuts from 1 to {deepest}.",
+                f"{remedy}, or change split.minimum_cut and split.maximum_cut." if bounded else f"{remedy}.",
                 problems,
             )
         return {"cuts": list(self.cuts if len(self.cuts) == clients else self.cuts * clients)}

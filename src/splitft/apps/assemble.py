@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,18 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from splitft import catalog
 from splitft.adapt.base import Policy
 from splitft.adapt.cost import CostModel
+from splitft.adapt.fleets import Device, draw_fleet
 from splitft.adapt.profiles import PRESETS, assign_profiles, find_profile, load_profiles
 from splitft.aggregate.base import Aggregator
+from splitft.apps.combinations import clashes_of
+from splitft.clock import Network
 from splitft.compress.base import HEADER_BYTES, Codec
 from splitft.compress.identity import Identity
 from splitft.config import Component, RunConfig
 from splitft.data.base import FederatedData, Partition, Source
 from splitft.data.federate import federate
 from splitft.data.order import BatchOrder
+from splitft.engine.attendance import Attendance
 from splitft.engine.cohort import CohortExecutor
 from splitft.engine.rounds import Executor, Rules
 from splitft.engine.settings import Federation, TrainSettings
@@ -37,9 +41,12 @@ from splitft.models.base import Anatomy
 from splitft.models.load import load_model, load_model_config, load_tokenizer
 from splitft.optimizer import AdamW, Schedule
 from splitft.peft_format import read_adapter
+from splitft.ranks.base import RankPolicy
 from splitft.selfcheck import inspect_family
 from splitft.split import SplitModel
+from splitft.sync.base import Synchronisation
 from splitft.types import ModelShape, Profile
+from splitft.work.base import WorkPolicy
 
 OnStage = Callable[[str], None]
 
@@ -51,9 +58,12 @@ class Components:
     source: Source
     partition: Partition
     policy: Policy
+    ranks: RankPolicy
+    work: WorkPolicy
     uplink: Codec
     downlink: Codec
     aggregator: Aggregator
+    synchronisation: Synchronisation
 
 
 @dataclass(frozen=True)
@@ -79,7 +89,7 @@ class Assembly:
     executor: Executor
     components: Components
     costs: tuple[CostModel, ...]
-    profiles: tuple[Profile, ...]
+    devices: tuple[Device, ...]
     rules: Rules
     shape: ModelShape
     start: Tensor
@@ -88,7 +98,7 @@ class Assembly:
 
 def build_components(config: RunConfig) -> Components:
     """Every component of the configuration; ConfigError with the problems of all of them."""
-    seams = ("data", "partition", "policy", "uplink", "downlink", "aggregator")
+    seams = ("data", "partition", "policy", "ranks", "work", "uplink", "downlink", "aggregator", "synchronisation")
     chosen: dict[str, Component] = {seam: getattr(config, seam) for seam in seams}
     found = [line for seam, one in chosen.items() for line in catalog.problems(seam, one.name, one.fields)]
     built: dict[str, Any] = {}
@@ -103,7 +113,11 @@ def build_components(config: RunConfig) -> Components:
             "docs/configuration.md lists every field.",
             tuple(found),
         )
-    return Components(built["data"], built["partition"], built["policy"], built["uplink"], built["downlink"], built["aggregator"])
+    names = {"data": "source"}
+    components = Components(**{names.get(seam, seam): built[seam] for seam in seams})
+    if clashes := tuple(clashes_of(config, components)):
+        raise ConfigError(f"The methods do not fit together: {clashes[0]}.", "docs/methods.md says what goes with what.", clashes)
+    return components
 
 
 def choose_device(name: str) -> torch.device:
@@ -188,8 +202,9 @@ def assemble(config: RunConfig, on_stage: OnStage = lambda name: None) -> Assemb
     layout, start = start_adapter(config, split)
     settings = train_settings(config, components)
     orders = tuple(BatchOrder(len(one.train), settings.batch_size, config.seed, one.client) for one in data.clients)
-    federation = Federation(split, layout, data.clients, orders, settings, shape.vocabulary, base.device)
-    profiles, server = device_profiles(config, len(data.clients))
+    trained = components.aggregator.trained(layout)
+    federation = Federation(split, layout, data.clients, orders, settings, shape.vocabulary, base.device, start, trained)
+    devices, server = fleet_of(config, len(data.clients))
     costs = tuple(cost_model(config, shape, server, components, layout, base, math.ceil(one.train.lengths.mean())) for one in data.clients)
     executor: Executor = (
         CohortExecutor(federation, config.engine.cohort_size)
@@ -204,7 +219,7 @@ def assemble(config: RunConfig, on_stage: OnStage = lambda name: None) -> Assemb
         executor,
         components,
         costs,
-        profiles,
+        devices,
         rules_of(config, layout),
         shape,
         start,
@@ -225,6 +240,7 @@ def train_settings(config: RunConfig, components: Components) -> TrainSettings:
         downlink=components.downlink,
         adapter_codec=Identity(),
         seed=config.seed,
+        server=config.split.server,
     )
 
 
@@ -235,8 +251,17 @@ def rules_of(config: RunConfig, layout: Layout) -> Rules:
         rank=max(entry.rank for entry in layout.entries),
         exit_on_client=config.split.labels == "client",
         tail_blocks=config.split.tail_blocks,
-        participation=config.clients.participation,
-        minimum=config.clients.minimum,
+        attendance=Attendance(
+            config.seed,
+            config.clients.participation,
+            config.clients.minimum,
+            config.clients.deadline_s,
+            config.clients.quorum,
+            config.clients.late == "partial",
+        ),
+        fetch_blocks=config.clients.fetch_blocks,
+        buffer=config.clients.buffer,
+        staleness=config.clients.staleness,
         evaluate_every=config.evaluate.every_rounds,
         evaluate_batch=config.evaluate.batch_size,
         evaluate_rows=config.evaluate.max_rows,
@@ -245,10 +270,38 @@ def rules_of(config: RunConfig, layout: Layout) -> Rules:
     )
 
 
-def device_profiles(config: RunConfig, clients: int) -> tuple[tuple[Profile, ...], Profile]:
-    """The clients' profiles, in client order, and the server's."""
-    known: Mapping[str, Profile] = load_profiles(Path(config.clients.profiles_file)) if config.clients.profiles_file else PRESETS
-    return assign_profiles(config.clients.profiles, clients, known), find_profile(config.clients.server_profile, known)
+def fleet_of(config: RunConfig, clients: int) -> tuple[tuple[Device, ...], Profile]:
+    """The clients' devices, in client order, with what the configuration adds to their fleet's uncertainty; and the server's profile."""
+    section = config.clients
+    known: Mapping[str, Profile] = load_profiles(Path(section.profiles_file)) if section.profiles_file else PRESETS
+    drawn = (
+        draw_fleet(section.fleet, clients, config.seed, known)
+        if section.fleet
+        else tuple(Device(profile) for profile in assign_profiles(section.profiles, clients, known))
+    )
+    devices = tuple(
+        replace(
+            one,
+            availability=one.availability * section.availability,
+            dropout=1.0 - (1.0 - one.dropout) * (1.0 - section.dropout),
+            jitter=math.hypot(one.jitter, section.speed_jitter),
+        )
+        for one in drawn
+    )
+    return devices, find_profile(section.server_profile, known)
+
+
+def network_of(config: RunConfig, server: Profile) -> Network:
+    """What the clients share: what they send is the server's downlink, what it sends them its uplink."""
+    section = config.network
+    return Network(
+        section.server_slots,
+        section.shared_link,
+        server.downlink_bytes_per_s,
+        server.uplink_bytes_per_s,
+        section.downlink_order,
+        section.pipeline,
+    )
 
 
 def cost_model(
@@ -274,6 +327,9 @@ def cost_model(
         label_bytes=2 if shape.vocabulary < 65_535 else 4,
         packet_header_bytes=HEADER_BYTES,
         checkpointing=config.model.gradient_checkpointing,
+        minimum_cut=config.split.minimum_cut,
+        maximum_cut=config.split.maximum_cut,
+        network=network_of(config, server),
     )
 
 

@@ -1,6 +1,6 @@
 """The command line. Each command imports what it needs when it runs, so `splitft --help` answers at once.
 
-run   demo   plan   report   export   doctor   cite
+run   demo   plan   compare   report   export   doctor   cite
 """
 
 from __future__ import annotations
@@ -94,6 +94,53 @@ def plan(arguments: ConfigAndOverrides = None) -> None:
     from splitft.apps.plan_command import show_plan
 
     show_plan(config)
+
+
+@app.command()
+def compare(
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[CONFIG]... [FIELD=VALUE]...", help="TOML files (the defaults if none), then overrides.", show_default=False
+        ),
+    ] = None,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--method",
+            "-m",
+            metavar="NAME",
+            help="Lay this method over each configuration (its name, a file, or base).",
+            show_default=False,
+        ),
+    ] = None,
+    sweep: Annotated[
+        list[str] | None,
+        typer.Option("--sweep", metavar="[METHOD:]FIELD=V1,V2", help="Give a field these values in turn.", show_default=False),
+    ] = None,
+    seeds: Annotated[str, typer.Option("--seeds", metavar="N | S1,S2", help="How many seeds, or which.", show_default=False)] = "",
+    target: Annotated[
+        float | None,
+        typer.Option("--target-perplexity", metavar="X", help="Perplexity to reach; derived if not given.", show_default=False),
+    ] = None,
+    baseline: Annotated[
+        str, typer.Option("--baseline", metavar="NAME", help="Variant that ratios refer to; the first.", show_default=False)
+    ] = "",
+    jobs: Annotated[int, typer.Option("--jobs", "-j", metavar="N", help="Runs side by side; 0: as many as pay.")] = 0,
+    folder: Annotated[Path, typer.Option("--folder", metavar="DIR", help="Folder of the comparison's folder.")] = Path("runs"),
+    name: Annotated[str, typer.Option("--name", help="Name of the comparison and of its folder.")] = "comparison",
+    retry: Annotated[bool, typer.Option("--retry", help="Try runs again that failed before.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be run, and stop.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Run several configurations, methods, sweeps and seeds, and compare them on one page. Again: does what is missing."""
+    from splitft.apps.compare import Options, compare
+    from splitft.apps.compare_plan import request_of
+
+    request = request_of(arguments or (), method or (), sweep or (), seeds, folder, name)
+    code = compare(request, Options(target, baseline, jobs, retry, quiet, dry_run))
+    if code:
+        raise typer.Exit(code)
 
 
 @app.command()

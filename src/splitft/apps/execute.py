@@ -90,9 +90,8 @@ def execute(config: RunConfig, *, resume: Path | None = None, quiet: bool = Fals
         try:
             display.round = run.state.round
             rules = run.assembly.rules
-            taking_part = min(
-                len(run.assembly.data.clients), max(rules.minimum, round(rules.participation * len(run.assembly.data.clients)))
-            )
+            every, drawn = len(run.assembly.data.clients), rules.attendance
+            taking_part = rules.buffer or min(every, max(drawn.minimum, round(drawn.participation * every)))
             per_round = taking_part * rules.local_steps
             display.expect(rules.rounds * per_round, run.state.round * per_round)
             if run.state.round >= rules.rounds and not quiet:

@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from splitft.apps.assemble import start_adapter
 from splitft.config import RunConfig, load_config
 from splitft.engine import checkpoint
+from splitft.engine.merging import unfolded
 from splitft.errors import AdapterError, CheckpointError, ConfigError
 from splitft.lora import Layout
 from splitft.models.load import load_model, load_model_config, load_tokenizer, resolve
@@ -39,12 +40,25 @@ def export(run_dir: Path, to: Path, merged: bool = False) -> Path:
             f"the checkpoint holds {state.adapters.shape[0]} adapter parameters, the configuration gives {layout.parameters}.",
             "restore config.toml.",
         )
+    row = state.adapters
+    if state.folded:
+        layout, row = unfold(config, state, layout, transposed)
     if not merged:
-        return write_adapter(to, layout, state.adapters, blocks_path, resolve(path), transposed, revision)
+        return write_adapter(to, layout, row, blocks_path, resolve(path), transposed, revision)
     tokenizer = load_tokenizer(path, revision)
     model = load_model(path, load_model_config(path, revision, keep_dropout=True), "auto", revision=revision)
-    merge_into(model, layout, state.adapters, blocks_path)
+    merge_into(model, layout, row, blocks_path)
     return write_merged(to, model, tokenizer)
+
+
+def unfold(config: RunConfig, state: checkpoint.RunState, layout: Layout, transposed: bool) -> tuple[Layout, torch.Tensor]:
+    """What an aggregation rule folded into the frozen weights, and the adapter, as one adapter of the rank that takes."""
+    base = load_model_config(config.model.path, config.model.revision)
+    dtype = next(iter(state.folded.values())).dtype
+    anatomy = inspect_family(base, config.model.path, config.model.attention, config.model.self_check)
+    split = SplitModel(load_model(config.model.path, base, dtype, revision=config.model.revision), anatomy, "all")
+    originals = {key: split.weight(key) for key in layout.by_key}
+    return unfolded(layout, state.adapters, {key: state.folded[str(key)] for key in originals}, originals, transposed)
 
 
 def run_layout(config: RunConfig) -> tuple[Layout, str, bool]:

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from splitft.adapt.choose import MEMORY_SHARE, SLACK, CutChoice, choose_cut, memory_budget_bytes
-from splitft.adapt.cost import CostModel, PlanCost, StepSeconds, step_seconds
+from splitft.adapt.cost import CostModel, PlanCost
+from splitft.adapt.schedule import StepSeconds, step_seconds
 from splitft.apps.report_text import BYTE_UNITS, TIME_UNITS, bytes_text, number_text, pick_unit, seconds_text
 from splitft.errors import ResourceError
 from splitft.types import Profile
@@ -63,17 +64,19 @@ def plan_table(costs: CostModel, profile: Profile, reference_s: float | None = N
         choice = choose_cut(costs, profile, reference_s)
     options = costs.every_cut()
     seconds = [step_seconds(option, profile, costs.server) for option in options]
-    explain = _Explainer(profile, choice, options, seconds, "this device's" if reference_s is None else "the median client's")
+    reaches_all = costs.deepest_cut == len(costs.shape.blocks) - costs.tail_blocks
+    whose = "this device's" if reference_s is None else "the median client's"
+    explain = _Explainer(profile, choice, options, seconds, whose, reaches_all)
     return [_row(*pair, explain) for pair in zip(options, seconds, strict=True)]
 
 
-def mark_configured(rows: Sequence[PlanRow], cuts: Collection[int]) -> list[PlanRow]:
-    """The rows with these cuts as the chosen ones: what the configuration says beats what would be derived."""
+def mark_configured(rows: Sequence[PlanRow], cuts: Collection[int], reason: str = "set by policy.cuts") -> list[PlanRow]:
+    """The rows with these cuts as the chosen ones, for this reason: what the configuration says beats what would be derived."""
     derived = next((row.cut for row in rows if row.chosen), None)
     if set(cuts) == {derived}:
         return list(rows)
     would = f"; derived, it would be {derived}" if derived is not None else ""
-    return [replace(row, chosen=row.cut in cuts, reason=f"set by policy.cuts{would}." if row.cut in cuts else row.reason) for row in rows]
+    return [replace(row, chosen=row.cut in cuts, reason=f"{reason}{would}." if row.cut in cuts else row.reason) for row in rows]
 
 
 def render_plan(rows: Sequence[PlanRow], console: Console, title: str = "") -> None:
@@ -113,19 +116,26 @@ class _Explainer:
     options: Sequence[PlanCost]
     seconds: Sequence[StepSeconds]
     whose: str
+    reaches_all: bool
+
+    def memory_bytes(self, cut: int) -> float:
+        return self.options[self._place(cut)].client_memory.total_bytes
+
+    def step_s(self, cut: int) -> float:
+        return self.seconds[self._place(cut)].total_s
 
     def fits(self, cut: int) -> bool:
-        return self.options[cut - 1].client_memory.total_bytes <= memory_budget_bytes(self.profile)
+        return self.memory_bytes(cut) <= memory_budget_bytes(self.profile)
 
     def reason(self, cut: int) -> str:
         budget = bytes_text(memory_budget_bytes(self.profile))
         budget += f" ({MEMORY_SHARE:.0%} of {self.profile.name}'s {bytes_text(self.profile.memory_bytes)})"
-        memory, step = bytes_text(self.options[cut - 1].client_memory.total_bytes), seconds_text(self.seconds[cut - 1].total_s)
+        memory, step = bytes_text(self.memory_bytes(cut)), seconds_text(self.step_s(cut))
         if not self.fits(cut):
             return f"it needs {memory} of memory; allowed are {budget}."
         assert self.choice is not None, "a cut that fits exists, so one was chosen"
         limit = f"{seconds_text(self.choice.limit_s)} ({SLACK:g} times {self.whose} fastest step)"
-        in_time = self.seconds[cut - 1].total_s <= self.choice.limit_s
+        in_time = self.step_s(cut) <= self.choice.limit_s
         if cut == self.choice.cut and in_time:
             return f"the deepest within {budget} and {limit}. It needs {memory} and {step} a step; {self._deeper(cut)}."
         if cut == self.choice.cut:
@@ -133,11 +143,15 @@ class _Explainer:
         return f"cut {self.choice.cut} is deeper and within the limits too." if in_time else f"a step takes {step}; the limit is {limit}."
 
     def _deeper(self, cut: int) -> str:
-        if cut == len(self.options):
-            return "there is no deeper one"
+        if cut == self.options[-1].plan.cut:
+            return "there is no deeper one" if self.reaches_all else "split.maximum_cut allows no deeper one"
         if not self.fits(cut + 1):
-            return f"cut {cut + 1} would need {bytes_text(self.options[cut].client_memory.total_bytes)}"
-        return f"cut {cut + 1} would take {seconds_text(self.seconds[cut].total_s)}"
+            return f"cut {cut + 1} would need {bytes_text(self.memory_bytes(cut + 1))}"
+        return f"cut {cut + 1} would take {seconds_text(self.step_s(cut + 1))}"
+
+    def _place(self, cut: int) -> int:
+        """Where this cut stands among the options, which begin with the shallowest cut allowed."""
+        return cut - self.options[0].plan.cut
 
 
 def _row(cost: PlanCost, seconds: StepSeconds, explain: _Explainer) -> PlanRow:

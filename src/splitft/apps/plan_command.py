@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from splitft.adapt.base import Policy
 from splitft.adapt.choose import reference_step_s
 from splitft.adapt.cost import CostModel
-from splitft.apps.assemble import build_components, cost_model, device_profiles, load_base
+from splitft.apps.assemble import build_components, cost_model, fleet_of, load_base
 from splitft.apps.plan import mark_configured, plan_table, render_plan
 from splitft.config import RunConfig
 from splitft.lora import Layout
@@ -62,15 +62,17 @@ def show_plan(config: RunConfig) -> None:
         model = AutoModelForCausalLM.from_config(base.config)
     shape = describe(model, config.model.path)
     layout = planned_layout(config, shape, base.anatomy.blocks_path, base.anatomy.bypassed)
-    profiles, server = device_profiles(config, config.clients.count or len(config.clients.profiles))
+    devices, server = fleet_of(config, config.clients.count or len(config.clients.profiles))
+    profiles = [device.profile for device in devices]
     costs = cost_model(config, shape, server, components, layout, base, config.tokens.block_tokens)
     console = Console()
     reference_s = reference_step_s([costs] * len(profiles), profiles)
     planned_cuts = cuts_by_profile(config, components.policy, shape, profiles, costs)
+    reason = "set by policy.cuts" if config.policy.fields.get("cuts") else f"where policy {config.policy.name} starts"
     for profile in dict.fromkeys(profiles):
         planned = planned_cuts[profile]
         step = f"{config.train.batch_size} x {config.tokens.block_tokens} tokens a step"
         title = f"{config.model.path} on {profile.name}, server {server.name}, {step}"
-        render_plan(mark_configured(plan_table(costs, profile, reference_s), planned), console, title)
+        render_plan(mark_configured(plan_table(costs, profile, reference_s), planned, reason), console, title)
     note = f"No data were read: every row counts as full ({config.tokens.block_tokens} tokens). A run takes each client's mean row length."
     console.print(Text(note, style="dim"))

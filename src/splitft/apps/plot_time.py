@@ -6,14 +6,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from splitft.apps.plot_stages import GROUPS, WAITS, client_seconds, group_of
+import msgspec
+
+from splitft.apps.plot_stages import GROUPS, IDLE, WAITS, client_seconds, group_of, idle_s
 from splitft.apps.plots import WIDE_PX, Drawing, Figure, Legend, Scale, evenly, linear_scale, text_px
-from splitft.apps.report_record import Round, RunRecord, Stage
-from splitft.apps.report_text import TIME_UNITS, percent_text, pick_unit, plural, seconds_text, shorten
+from splitft.apps.report_record import ClientRound, Round, RunRecord, Stage
+from splitft.apps.report_text import MISSING, TIME_UNITS, number_text, percent_text, pick_unit, plural, seconds_text, shorten
 
 DRAWN_ROWS = 40
 SERVER_LANES = 4
 CLOSE_UP_STEPS = 2
+MERGES = 4
 NAME_CHARACTERS = 18
 SMALLEST_PX = 0.25
 UNDRAWN = Legend("steps not drawn one by one", "gap")
@@ -32,7 +35,10 @@ def time_figures(record: RunRecord) -> list[Figure]:
     """Time line of the last round that has one, a close-up of its first steps, and the shares over all rounds."""
     figures: list[Figure] = []
     last = next((item for item in reversed(record.rounds) if item.timeline and item.duration_s > 0), None)
-    if last is not None:
+    if last is not None and record.asynchronous:
+        figures.append(_last_merges(record))
+    elif last is not None:
+        last = _without_lost_waiting(last)
         figures.append(_whole_round(record, last))
         window = _close_up(last)
         if window is not None:
@@ -53,28 +59,83 @@ def _whole_round(record: RunRecord, item: Round) -> Figure:
     table = tuple(
         (
             record.client_name(row.client),
-            seconds_text(item.duration_s - row.barrier_wait_s),
+            row.status,
+            seconds_text(item.duration_s - idle_s(item, row)),
             seconds_text(row.server_wait_s),
-            seconds_text(row.barrier_wait_s),
+            MISSING if row.status == "lost" else seconds_text(idle_s(item, row)),
         )
         for row in item.clients
     )
-    columns = ("client", "finished after", "waited for the server", "waited for others")
+    columns = ("client", "status", "finished after", "waited for the server", "waited for others")
     return Figure("timeline", f"Time line of round {item.round}", note, svg, columns, table, legend, wide=True)
 
 
+def _without_lost_waiting(item: Round) -> Round:
+    """The same round, where a client that was lost does not wait for others but is away."""
+    lost = {client.client for client in item.clients if client.status == "lost"}
+    if not lost:
+        return item
+    told = (stage._replace(kind="away") if stage.client in lost and stage.kind == "barrier_wait" else stage for stage in item.timeline)
+    return msgspec.structs.replace(item, timeline=tuple(told))
+
+
+def _last_merges(record: RunRecord) -> Figure:
+    """The last merges of an asynchronous run: everything that went on between them, whichever round it began in."""
+    shown = record.rounds[-MERGES:]
+    start_s, end_s = shown[0].virtual_start_s, shown[-1].virtual_end_s
+    stages = [stage for item in record.rounds for stage in item.timeline if stage.kind != "barrier_wait"]
+    for item in record.rounds:
+        for client in item.clients:
+            if client.finish_s is not None:
+                kind = "away" if client.status == "lost" else "barrier_wait"
+                stages.append(Stage(client.client, kind, client.finish_s, item.virtual_end_s))
+    stages = [stage for stage in stages if stage.end_s > start_s and stage.start_s < end_s]
+    present = tuple(ClientRound(client, 0) for client in sorted({stage.client for stage in stages}))
+    number = shown[-1].round
+    whole = Round(number, present, virtual_start_s=start_s, virtual_end_s=end_s, timeline=tuple(stages))
+    merged = sum(client.staleness is not None for item in shown for client in item.clients)
+    note = f"{plural(merged, 'update')} merged in {plural(len(shown), 'round')}. A vertical line is a merge: a client whose update is in "
+    note += "it goes on from the new adapter, the others from an older one."
+    rows = _rows(whole)
+    if len(rows) < len(present):
+        note += f" {len(rows)} of {len(present)} clients are drawn."
+    window = Window(start_s, start_s, end_s)
+    merges = tuple(item.virtual_end_s for item in shown)
+    title = f"Time line of rounds {shown[0].round} to {number}" if len(shown) > 1 else f"Time line of round {number}"
+    svg = _draw(record, whole, rows, window, notes=False, merges=merges).svg("timeline", title, note)
+    columns = ("round", "client", "arrived", "merged", "versions missed")
+    table = tuple(
+        (
+            str(item.round),
+            record.client_name(client.client),
+            seconds_text(client.finish_s),
+            "lost" if client.status == "lost" else seconds_text(item.virtual_end_s),
+            number_text(client.staleness),
+        )
+        for item in shown
+        for client in item.clients
+    )
+    legend = stage_legend(stages)
+    return Figure("timeline", title, note, svg, columns, table, (*legend, UNDRAWN) if _has_gaps(whole) else legend, wide=True)
+
+
 def _waiting_note(record: RunRecord, item: Round) -> str:
-    if len(item.clients) < 2:
+    there = [client for client in item.clients if client.status != "lost"]
+    lost = len(item.clients) - len(there)
+    gone = f" Lost: {lost} of {plural(len(item.clients), 'client')}." if lost else ""
+    if len(there) < 2:
         wait = sum(client.server_wait_s for client in item.clients)
-        return f"One client: nobody to wait for but the server ({seconds_text(wait)}). The round took {seconds_text(item.duration_s)}."
-    last = min(item.clients, key=lambda client: (client.barrier_wait_s, client.client))
-    waits = [client.barrier_wait_s for client in item.clients if client is not last]
+        return (
+            f"One client: nobody to wait for but the server ({seconds_text(wait)}). The round took {seconds_text(item.duration_s)}.{gone}"
+        )
+    last = min(there, key=lambda client: (idle_s(item, client), client.client))
+    waits = [idle_s(item, client) for client in there if client is not last]
     mean = sum(waits) / len(waits)
     name = shorten(record.client_name(last.client), 40)
     others = "the others" if len(waits) > 1 else "the other"
     return (
         f"{name} finished last, after {seconds_text(item.duration_s)}; {others} waited {seconds_text(mean)} for it on average, "
-        f"{percent_text(mean / item.duration_s)} of the round."
+        f"{percent_text(mean / item.duration_s)} of the round.{gone}"
     )
 
 
@@ -82,7 +143,7 @@ def _rows(item: Round) -> list[int]:
     """Clients to draw: all, or an even choice by finishing time that keeps the first and the last to finish."""
     if len(item.clients) <= DRAWN_ROWS:
         return [client.client for client in item.clients]
-    ordered = sorted(item.clients, key=lambda client: (-client.barrier_wait_s, client.client))
+    ordered = sorted(item.clients, key=lambda client: (-idle_s(item, client), client.client))
     return [ordered[place].client for place in evenly(len(ordered), DRAWN_ROWS)]
 
 
@@ -110,7 +171,7 @@ def _close_up(item: Round) -> Window | None:
         if not begun:
             continue
         gaps = _gaps(stages, 1e-6 * item.duration_s)
-        last_end = next((stage.end_s for stage in reversed(stages) if group_of(stage.kind) not in WAITS), stages[-1].end_s)
+        last_end = next((stage.end_s for stage in reversed(stages) if group_of(stage.kind) not in IDLE), stages[-1].end_s)
         end = begun[CLOSE_UP_STEPS] if len(begun) > CLOSE_UP_STEPS else last_end
         starts.append(begun[0])
         ends.append(min([end] + [start for start, _ in gaps if start > begun[0]]))
@@ -143,7 +204,7 @@ def _first_steps(record: RunRecord, item: Round, window: Window) -> Figure:
     return Figure("first-steps", f"First steps of round {item.round}", note, svg, columns, table, legend, wide=True)
 
 
-def _draw(record: RunRecord, item: Round, rows: Sequence[int], window: Window, notes: bool) -> Drawing:
+def _draw(record: RunRecord, item: Round, rows: Sequence[int], window: Window, notes: bool, merges: Sequence[float] = ()) -> Drawing:
     height = 26 if len(rows) <= 8 else 20 if len(rows) <= 16 else 14
     names = {client: shorten(record.client_name(client), NAME_CHARACTERS) for client in rows}
     left = max(text_px(name) for name in [*names.values(), "server"]) + 20
@@ -161,7 +222,8 @@ def _draw(record: RunRecord, item: Round, rows: Sequence[int], window: Window, n
         drawing.line(x(tick), top - 6, x(tick), bottom, "grid")
         drawing.text(x(tick), bottom + 18, x.tick_text(tick), anchor="middle")
     drawing.line(left, bottom, right, bottom, "axis")
-    drawing.text((left + right) / 2, bottom + 36, f"virtual time since the round began, {unit}", "t title", anchor="middle")
+    since = "the first of these rounds" if merges else "the round"
+    drawing.text((left + right) / 2, bottom + 36, f"virtual time since {since} began, {unit}", "t title", anchor="middle")
     drawing.text(left - 10, top + server_px / 2 + 4, "server", "t strong", anchor="end")
     place = _Placer(drawing, x, size, window, record)
     for index, lane in enumerate(lanes):
@@ -175,6 +237,8 @@ def _draw(record: RunRecord, item: Round, rows: Sequence[int], window: Window, n
         place.row(stages.get(client, []), y + 1.5, height - 3, steps.get(client, 0))
         if remarks:
             _remark(drawing, item, client, right + 8, y + height / 2 + 4)
+    for moment_s in merges:
+        drawing.line(place.at(moment_s), top - 6, place.at(moment_s), bottom, "merge")
     return drawing
 
 
@@ -205,10 +269,13 @@ def _server_lanes(timeline: Sequence[Stage], window: Window) -> list[list[Stage]
 def _remark(drawing: Drawing, item: Round, client: int, x: float, y: float) -> None:
     """Right of a row: how long this client waited for the slowest, or that it is the slowest."""
     found = next(row for row in item.clients if row.client == client)
-    if len(item.clients) > 1 and found.barrier_wait_s <= 1e-6 * item.duration_s:
-        drawing.text(x, y, "last to finish", "t strong")
-    elif found.barrier_wait_s > 0:
-        drawing.text(x, y, f"waited {seconds_text(found.barrier_wait_s)}")
+    idle, cut_short = idle_s(item, found), "cut short, " if found.status == "partial" else ""
+    if found.status == "lost":
+        drawing.text(x, y, "lost", "t lost strong")
+    elif len(item.clients) > 1 and idle <= 1e-6 * item.duration_s:
+        drawing.text(x, y, "cut short" if cut_short else "last to finish", "t strong")
+    elif idle > 0:
+        drawing.text(x, y, f"{cut_short}waited {seconds_text(idle)}")
 
 
 @dataclass(frozen=True)

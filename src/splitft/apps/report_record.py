@@ -53,12 +53,18 @@ class Stage(NamedTuple):
 
 
 class ClientRound(msgspec.Struct, frozen=True):
-    """One client's part in a round. `bytes` is direction -> kind -> bytes; `busy_s`, stage kind -> seconds, may be absent."""
+    """One client's part in a round. `bytes` is direction -> kind -> bytes; `busy_s`, stage kind -> seconds, may be absent.
+
+    `status`: done, partial (cut short, counted) or lost. `refused_cut`: the deeper cut that was planned. `ranks`: one per adapter when
+    they are not all `rank`; `truncated`: share of the global adapter's energy they could not hold. `staleness`: versions the update
+    had missed when it was merged; only asynchronous rounds have it, and there the training may lie rounds back.
+    """
 
     client: int
     cut: int
     rank: int = 0
     steps: int = 0
+    status: str = "done"
     tokens: int = 0
     loss_first: float | None = None
     loss_mean: float | None = None
@@ -68,6 +74,11 @@ class ClientRound(msgspec.Struct, frozen=True):
     barrier_wait_s: float = 0.0
     bytes: dict[str, dict[str, float]] = {}
     busy_s: dict[str, float] = {}
+    predicted_s: float | None = None
+    refused_cut: int | None = None
+    ranks: tuple[int, ...] = ()
+    truncated: float | None = None
+    staleness: float | None = None
 
     def traffic(self, direction: str, kind: str | None = None) -> float:
         """Bytes in one direction, of one kind or of all."""
@@ -76,7 +87,7 @@ class ClientRound(msgspec.Struct, frozen=True):
 
 
 class Round(msgspec.Struct, frozen=True):
-    """Event `round`."""
+    """Event `round`. `metrics`: figures of the aggregation rule and of the synchronisation rule."""
 
     round: int
     clients: tuple[ClientRound, ...] = ()
@@ -85,6 +96,8 @@ class Round(msgspec.Struct, frozen=True):
     virtual_end_s: float = 0.0
     wall_s: float = 0.0
     learning_rate: float | None = None
+    aggregated: bool = True
+    metrics: dict[str, float | None] = {}
     timeline: tuple[Stage, ...] = ()
 
     @property
@@ -151,6 +164,14 @@ class Resumed(msgspec.Struct, frozen=True):
     utc: str = ""
 
 
+class Warned(msgspec.Struct, frozen=True):
+    """Event `warning`: what the run noticed in a round that its user should know."""
+
+    text: str
+    round: int = 0
+    client: int | None = None
+
+
 class RunFinished(msgspec.Struct, frozen=True):
     """Event `run_finished`."""
 
@@ -169,6 +190,12 @@ class RunRecord:
     resumed: tuple[Resumed, ...] = ()
     finished: RunFinished | None = None
     status: Status = "unfinished"
+    warnings: tuple[Warned, ...] = ()
+
+    @property
+    def asynchronous(self) -> bool:
+        """Whether rounds merge updates as they arrive."""
+        return any(client.staleness is not None for item in self.rounds for client in item.clients)
 
     @property
     def client_ids(self) -> tuple[int, ...]:
@@ -285,6 +312,7 @@ def _build(path: Path, events: Sequence[tuple[int, dict[str, Any]]]) -> RunRecor
     rounds: dict[int, Round] = {}
     evaluations: dict[int, Evaluation] = {}
     resumed: list[Resumed] = []
+    warnings: list[Warned] = []
     finished: RunFinished | None = None
     status: Status = "unfinished"
     for number, event in events:
@@ -293,24 +321,27 @@ def _build(path: Path, events: Sequence[tuple[int, dict[str, Any]]]) -> RunRecor
             finished, status = None, "unfinished"
         if kind == "run_started":
             started = _convert(event, RunStarted, path, number)
-            rounds, evaluations, resumed, finished, status = {}, {}, [], None, "unfinished"
+            rounds, evaluations, resumed, warnings, finished, status = {}, {}, [], [], None, "unfinished"
         elif kind == "round":
             item = _convert(event, Round, path, number)
             rounds[item.round] = item
         elif kind == "evaluation":
             scored = _convert(event, Evaluation, path, number)
             evaluations[scored.round] = scored
+        elif kind == "warning":
+            warnings.append(_convert(event, Warned, path, number))
         elif kind == "resumed":
             resumed.append(_convert(event, Resumed, path, number))
             rounds = _up_to(rounds, resumed[-1].round)
             evaluations = _up_to(evaluations, resumed[-1].round)
+            warnings = [one for one in warnings if one.round <= resumed[-1].round]
         elif kind == "interrupted":
             status = "interrupted"
         elif kind == "run_finished":
             finished, status = _convert(event, RunFinished, path, number), "finished"
     if started is None:
         raise CheckpointError(f"{path} holds no run_started event.", "The run stopped before it began; start it again.")
-    return RunRecord(started, _in_order(rounds), _in_order(evaluations), tuple(resumed), finished, status)
+    return RunRecord(started, _in_order(rounds), _in_order(evaluations), tuple(resumed), finished, status, tuple(warnings))
 
 
 def _convert(event: dict[str, Any], kind: type[T], path: Path, number: int) -> T:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -18,15 +18,20 @@ from splitft.apps.report_files import write_atomically
 from splitft.clock import utc_now
 from splitft.config import RunConfig, load_config
 from splitft.engine import checkpoint
+from splitft.engine.closing import restore_weights
 from splitft.engine.journal import Journal
+from splitft.engine.merging import unfolded
 from splitft.engine.rounds import RoundRecord, Run, run_rounds
 from splitft.errors import CheckpointError, ConfigError, Interrupted
 from splitft.models.load import resolve
 from splitft.peft_format import write_adapter
-from splitft.types import ModelShape
+from splitft.types import Key, ModelShape
 
 if TYPE_CHECKING:
     from types import FrameType
+
+# Components whose state in a checkpoint belongs to their configuration.
+STATEFUL = ("policy", "ranks", "aggregator", "synchronisation")
 
 Listener = Callable[[str, dict[str, Any]], None]
 
@@ -48,6 +53,7 @@ class FederatedRun:
             self.assembly = assemble(config, lambda name: listen("stage", {"name": name}))
             if config.engine.deterministic and self.assembly.base.device.type == "cuda":
                 torch.use_deterministic_algorithms(True, warn_only=True)
+            self._originals = frozen_weights(self.assembly)
             self._run = self._resume() if resume is not None else self._start()
         except BaseException:
             self.close()
@@ -83,13 +89,16 @@ class FederatedRun:
         built = self.assembly
         write_atomically(self.folder / "config.toml", self.config.to_toml().encode())
         write_atomically(self.folder / "manifest.json", (json.dumps(built.data.manifest) + "\n").encode())
-        policy_state = built.components.policy.init(built.shape, built.profiles, built.costs)
+        profiles, layout = [device.profile for device in built.devices], built.federation.layout
+        policy_state = built.components.policy.init(built.shape, profiles, built.costs)
         state = checkpoint.RunState(
             round=0,
             adapters=built.start,
             clients={},
             policy=dict(policy_state),
-            aggregator=dict(built.components.aggregator.init(built.federation.layout)),
+            aggregator=dict(built.components.aggregator.init(layout)),
+            ranks=dict(built.components.ranks.init(layout, profiles, built.costs)),
+            synchronisation=dict(built.components.synchronisation.init()),
             observations=[],
             virtual_s=0.0,
             wall_s=0.0,
@@ -106,13 +115,14 @@ class FederatedRun:
         state = checkpoint.load(checkpoint.newest(self.folder))
         checkpoint.require_same(state.identity, self.assembly.identity, self.folder)
         changed = changed_fields(load_config(self.folder / "config.toml"), self.config)
-        if refused := [name for name in changed if name.split(".")[0] in ("policy", "aggregator")]:
+        if refused := [name for name in changed if name.split(".")[0] in STATEFUL]:
             raise ConfigError(
                 f"{refused[0]} cannot change when a run is resumed: its state in the checkpoint belongs to the old value.",
                 "leave it out, or start a new run.",
             )
         write_atomically(self.folder / "config.toml", self.config.to_toml().encode())
         journal = Journal(self.folder, state.journal_bytes)
+        restore_weights(self.assembly.federation, state.folded)
         journal.append({"event": "resumed", "round": state.round, "utc": utc_now(), "changed": changed})
         return self._make(state, journal)
 
@@ -122,9 +132,12 @@ class FederatedRun:
             built.federation,
             built.executor,
             built.components.policy,
+            built.components.ranks,
+            built.components.work,
             built.components.aggregator,
+            built.components.synchronisation,
             built.costs,
-            built.profiles,
+            built.devices,
             built.data.common_held_out,
             built.rules,
             self.folder,
@@ -158,7 +171,7 @@ class FederatedRun:
         from splitft.apps.report import write_report
 
         built, run = self.assembly, self._run
-        write_run_adapter(self.folder / "adapter", built, run)
+        write_run_adapter(self.folder / "adapter", built, run, self._originals)
         run.journal.append(
             {"event": "run_finished", "rounds": run.state.round, "wall_s": run.state.wall_s, "virtual_s": run.state.virtual_s}
         )
@@ -194,13 +207,32 @@ def changed_fields(before: RunConfig, now: RunConfig) -> dict[str, Any]:
     }
 
 
-def write_run_adapter(folder: Path, built: Assembly, run: Run) -> Path:
-    """The global adapters after the last round as a PEFT folder."""
+def frozen_weights(built: Assembly) -> dict[Key, torch.Tensor]:
+    """Copies of the adapted weights before training, where the aggregation rule will change them."""
+    if not built.components.aggregator.folds:
+        return {}
+    return {key: built.federation.split.weight(key).detach().clone() for key in built.federation.layout.by_key}
+
+
+def write_run_adapter(folder: Path, built: Assembly, run: Run, originals: Mapping[Key, torch.Tensor]) -> Path:
+    """The global adapters after the last round as a PEFT folder; where clients' own parts are never averaged, theirs beside it.
+
+    What a rule folded into the frozen weights (`originals` are those before training) comes back out: the folder then holds the whole
+    change as one adapter of the rank that takes.
+    """
     from transformers.pytorch_utils import Conv1D
 
     layout, anatomy, model = built.federation.layout, built.base.anatomy, built.config.model
     transposed = any(isinstance(module, Conv1D) for module in built.federation.split.model.modules())
-    return write_adapter(folder, layout, run.state.adapters, anatomy.blocks_path, resolve(model.path), transposed, model.revision)
+    row = run.state.adapters
+    if originals:
+        weights = {key: built.federation.split.weight(key) for key in originals}
+        layout, row = unfolded(layout, row, weights, originals, transposed)
+    for client, state in run.state.clients.items():
+        if state.adapter is not None and built.config.split.server == "unaveraged":
+            own = folder.with_name(f"{folder.name}-client-{client}")
+            write_adapter(own, layout, state.adapter, anatomy.blocks_path, resolve(model.path), transposed, model.revision)
+    return write_adapter(folder, layout, row, anatomy.blocks_path, resolve(model.path), transposed, model.revision)
 
 
 def started_event(built: Assembly, state: checkpoint.RunState) -> dict[str, Any]:
@@ -231,7 +263,7 @@ def started_event(built: Assembly, state: checkpoint.RunState) -> dict[str, Any]
                 "train_rows": len(one.train),
                 "train_tokens": one.train.tokens,
                 "held_out_tokens": one.held_out.tokens,
-                "profile": built.profiles[one.client].name,
+                "profile": built.devices[one.client].profile.name,
                 "cut": cuts[one.client] if one.client < len(cuts) else None,
                 "length_histogram": built.data.length_histograms[one.client],
             }

@@ -24,14 +24,31 @@ from torch import Tensor
 from splitft.engine.settings import ClientState
 from splitft.errors import CheckpointError
 
-FORMAT = 1
+FORMAT = 2
 FOLDER = "checkpoints"
 NAME = re.compile(r"^round-(\d{5,})$")
 
 
 @dataclass
+class Pending:
+    """An update on its way in asynchronous aggregation: the change [p] of an adapter that began at round `version`, when it arrives,
+    what was trained, and what the journal will say of it."""
+
+    change: Tensor
+    version: int
+    finish_s: float
+    targets: int
+    cut: int
+    record: dict[str, Any]
+    losses: list[float]
+
+
+@dataclass
 class RunState:
-    """Everything a run needs to go on after `round` rounds. `identity` says what it belongs to (model, data, layout, threads)."""
+    """Everything a run needs to go on after `round` rounds. `identity` says what it belongs to (model, data, layout, threads).
+
+    `folded`: frozen weights that an aggregation rule has changed, by key. `notes`: what the engine remembers between rounds, plain JSON.
+    """
 
     round: int
     adapters: Tensor
@@ -43,6 +60,48 @@ class RunState:
     wall_s: float
     journal_bytes: int
     identity: dict[str, Any] = field(default_factory=dict)
+    ranks: dict[str, Any] = field(default_factory=dict)
+    synchronisation: dict[str, Any] = field(default_factory=dict)
+    notes: dict[str, Any] = field(default_factory=dict)
+    folded: dict[str, Tensor] = field(default_factory=dict)
+    pending: dict[int, Pending] = field(default_factory=dict)
+
+
+CLIENT_TENSORS = ("first", "second", "adapter")
+CLIENT_NUMBERS = ("batches", "steps", "deepest", "folded")
+PENDING_FACTS = ("version", "finish_s", "targets", "cut", "record", "losses")
+
+
+def tensors_of(state: RunState) -> dict[str, Tensor]:
+    """Every tensor of a state under the name it has in the file."""
+    tensors = {"adapters": state.adapters, **{f"aggregator.{name}": tensor for name, tensor in state.aggregator.items()}}
+    tensors.update({f"folded.{key}": weight.contiguous() for key, weight in state.folded.items()})
+    tensors.update({f"pending.{client}": one.change for client, one in state.pending.items()})
+    for client, state_of in state.clients.items():
+        for name in CLIENT_TENSORS:
+            if (tensor := getattr(state_of, name)) is not None:
+                tensors[f"client.{client}.{name}"] = tensor
+    return tensors
+
+
+def facts_of(state: RunState) -> dict[str, Any]:
+    """Everything of a state that is no tensor."""
+    clients = sorted(state.clients.items())
+    return {
+        "format": FORMAT,
+        "round": state.round,
+        "clients": {str(client): {name: getattr(one, name) for name in CLIENT_NUMBERS} for client, one in clients},
+        "policy": state.policy,
+        "ranks": state.ranks,
+        "synchronisation": state.synchronisation,
+        "notes": state.notes,
+        "pending": {str(client): {name: getattr(one, name) for name in PENDING_FACTS} for client, one in sorted(state.pending.items())},
+        "observations": state.observations,
+        "virtual_s": state.virtual_s,
+        "wall_s": state.wall_s,
+        "journal_bytes": state.journal_bytes,
+        "identity": state.identity,
+    }
 
 
 def save(folder: Path, state: RunState, keep: int) -> Path:
@@ -53,23 +112,9 @@ def save(folder: Path, state: RunState, keep: int) -> Path:
     if temporary.exists():
         shutil.rmtree(temporary)
     temporary.mkdir()
-    tensors = {"adapters": state.adapters, **{f"aggregator.{name}": tensor for name, tensor in state.aggregator.items()}}
-    for client, one in state.clients.items():
-        if one.first is not None and one.second is not None:
-            tensors[f"client.{client}.first"], tensors[f"client.{client}.second"] = one.first, one.second
-    save_file(tensors, temporary / "tensors.safetensors")
-    facts = {
-        "format": FORMAT,
-        "round": state.round,
-        "clients": {str(client): {"batches": one.batches, "steps": one.steps} for client, one in sorted(state.clients.items())},
-        "policy": state.policy,
-        "observations": state.observations,
-        "virtual_s": state.virtual_s,
-        "wall_s": state.wall_s,
-        "journal_bytes": state.journal_bytes,
-        "identity": state.identity,
-        "sha256": hashlib.sha256((temporary / "tensors.safetensors").read_bytes()).hexdigest(),
-    }
+    save_file(tensors_of(state), temporary / "tensors.safetensors")
+    digest = hashlib.sha256((temporary / "tensors.safetensors").read_bytes()).hexdigest()
+    facts = {**facts_of(state), "sha256": digest}
     (temporary / "state.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     for path in (temporary / "tensors.safetensors", temporary / "state.json", temporary):
         _sync(path)
@@ -143,27 +188,49 @@ def load(path: Path) -> RunState:
             )
         if hashlib.sha256(data).hexdigest() != facts["sha256"]:
             raise CheckpointError(f"{path / 'tensors.safetensors'} is damaged: its checksum is not the one in state.json.", remedy)
-        tensors = load_file(path / "tensors.safetensors")
-        clients = {
-            int(client): ClientState(
-                int(one["batches"]), int(one["steps"]), tensors.get(f"client.{client}.first"), tensors.get(f"client.{client}.second")
-            )
-            for client, one in facts["clients"].items()
-        }
-        return RunState(
-            int(facts["round"]),
-            tensors["adapters"].to(torch.float32),
-            clients,
-            dict(facts["policy"]),
-            {name.removeprefix("aggregator."): tensor for name, tensor in tensors.items() if name.startswith("aggregator.")},
-            list(facts["observations"]),
-            float(facts["virtual_s"]),
-            float(facts["wall_s"]),
-            int(facts["journal_bytes"]),
-            dict(facts["identity"]),
-        )
+        return _state(facts, load_file(path / "tensors.safetensors"))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as problem:
         raise CheckpointError(f"{path} cannot be read: {type(problem).__name__}: {problem}.", remedy) from problem
+
+
+def _state(facts: dict[str, Any], tensors: dict[str, Tensor]) -> RunState:
+    """The inverse of `facts_of` and `tensors_of`."""
+
+    def named(prefix: str) -> dict[str, Tensor]:
+        return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+    clients = {
+        int(client): ClientState(
+            batches=int(one["batches"]),
+            steps=int(one["steps"]),
+            first=tensors.get(f"client.{client}.first"),
+            second=tensors.get(f"client.{client}.second"),
+            adapter=tensors.get(f"client.{client}.adapter"),
+            deepest=int(one["deepest"]),
+            folded=int(one["folded"]),
+        )
+        for client, one in facts["clients"].items()
+    }
+    return RunState(
+        round=int(facts["round"]),
+        adapters=tensors["adapters"].to(torch.float32),
+        clients=clients,
+        policy=dict(facts["policy"]),
+        aggregator=named("aggregator."),
+        observations=list(facts["observations"]),
+        virtual_s=float(facts["virtual_s"]),
+        wall_s=float(facts["wall_s"]),
+        journal_bytes=int(facts["journal_bytes"]),
+        identity=dict(facts["identity"]),
+        ranks=dict(facts["ranks"]),
+        synchronisation=dict(facts["synchronisation"]),
+        notes=dict(facts["notes"]),
+        folded=named("folded."),
+        pending={
+            int(client): Pending(tensors[f"pending.{client}"], **{name: one[name] for name in PENDING_FACTS})
+            for client, one in facts["pending"].items()
+        },
+    )
 
 
 def require_same(saved: dict[str, Any], now: dict[str, Any], folder: Path) -> None:

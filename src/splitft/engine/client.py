@@ -35,6 +35,23 @@ def expect(data: bytes, kind: Type) -> Frame:
     return frame
 
 
+def plan_of(start: RoundStart) -> Plan:
+    """The plan a ROUND_START carries."""
+    return Plan(
+        start.client,
+        start.cut,
+        start.local_steps,
+        start.rank,
+        start.exit_on_client,
+        start.tail_blocks,
+        tuple(start.ranks),
+        start.download,
+        start.upload,
+        start.segment,
+        start.segments,
+    )
+
+
 class Client:
     """One participant in one round. `federation.split` needs only this client's blocks; `layout` names the columns of all keys."""
 
@@ -59,12 +76,12 @@ class Client:
         for step in range(self.start.local_steps):
             squared = yield from self._step(step, squared)
         end = round_end_frame(
-            self.client,
+            self.plan,
             self.start.round,
             self.targets,
             squared,
             self.loss_sum,
-            take(self.bank.values[0].cpu(), self.columns),
+            take(self.bank.values[0].cpu(), self.ownership.upload_columns(self.federation.layout, self.federation.trained)),
             self.federation.settings.adapter_codec,
         )
         batches = self.start.local_steps * self.start.gradient_accumulation
@@ -76,17 +93,27 @@ class Client:
     def _prepare(self, frame: Frame) -> None:
         start, federation = self.start, self.federation
         self._check_start(frame)
-        self.plan = Plan(start.client, start.cut, start.local_steps, start.rank, start.exit_on_client, start.tail_blocks)
+        self.plan = plan_of(start)
         self.ownership = Ownership(self.plan, federation.split.blocks)
-        self.columns = self.ownership.client_columns(federation.layout)
-        self.bank = AdapterBank(federation.layout, 1, federation.device, self.ownership.client_blocks())
-        vector = decode_vector(frame.packets[0], federation.settings.adapter_codec).to(federation.device)
-        with torch.no_grad():
-            put(self.bank.values[0], self.columns, vector)
-        self.moments = load_moments([self.before], federation.layout, federation.settings, federation.device)
+        self.bank = AdapterBank(federation.layout, 1, federation.device, self.ownership.client_blocks(), federation.trained)
+        self._begin(frame)
         settings = federation.settings
+        self.moments = load_moments([self.before], federation.layout, settings, federation.device, [self.plan])
         self.uplink, self.downlink = Stream.open(settings.uplink), Stream.open(settings.downlink)
         self.exit_down, self.exit_up = Stream.open(settings.downlink), Stream.open(settings.uplink)
+
+    def _begin(self, frame: Frame) -> None:
+        """The adapters of this client's blocks: what it knows (the start, or its own of the round before), and what was sent."""
+        federation, start = self.federation, self.start
+        if not start.download or federation.trained is not None:
+            known = self.ownership.client_columns(federation.layout)
+            own = self.before.adapter if self.before.adapter is not None and not start.download else federation.start
+            with torch.no_grad():
+                put(self.bank.values[0], known, take(own, known).to(federation.device))
+        if start.download:
+            vector = decode_vector(frame.packets[0], federation.settings.adapter_codec).to(federation.device)
+            with torch.no_grad():
+                put(self.bank.values[0], self.ownership.client_columns(federation.layout, federation.trained), vector)
 
     def _check_start(self, frame: Frame) -> None:
         """Refuse a plan this client cannot follow. Raises ProtocolError."""
@@ -102,7 +129,11 @@ class Client:
             ),
             f"batch {start.batch_size}, accumulation {start.gradient_accumulation}": (start.batch_size, start.gradient_accumulation)
             != (self.federation.settings.batch_size, self.federation.settings.gradient_accumulation),
-            "no adapters": not frame.packets,
+            "no adapters": start.download == (not frame.packets),
+            f"{len(start.ranks)} ranks for {len(self.federation.layout.entries)} adapted projections": bool(start.ranks)
+            and [0 <= rank <= entry.rank for rank, entry in zip(start.ranks, self.federation.layout.entries, strict=False)]
+            != [True] * max(len(start.ranks), len(self.federation.layout.entries)),
+            f"segment {start.segment} of {start.segments}": not 0 <= start.segment < start.segments,
         }
         for fault, wrong in faults.items():
             if wrong:
@@ -120,8 +151,10 @@ class Client:
         loss_sum, server_squared = 0.0, 0.0
         for micro, batch in enumerate(batches):
             fields = StepFields(start.round, self.client, step, micro, normaliser, int(batch.targets[0]), squared_before)
-            talk = self._exit_here(fields, batch) if start.exit_on_client else self._exit_there(fields, batch)
-            result = yield from talk
+            if self.plan.is_whole(federation.split.blocks):
+                result = self._alone(fields, batch)
+            else:
+                result = yield from (self._exit_here(fields, batch) if start.exit_on_client else self._exit_there(fields, batch))
             loss_sum += result.loss_sum
             server_squared = result.squared_norm
             self.tokens += batch.tokens[0]
@@ -129,7 +162,7 @@ class Client:
         own = self.bank.squared_norms()
         if start.clip_norm > 0:
             self.bank.scale_gradients(clip_factor(own + server_squared, start.clip_norm))
-        federation.settings.optimizer.step(self.bank.values, self.bank.gradients, self.moments, start.rates[step])
+        federation.settings.optimizer.step(self.bank.values, self.bank.gradients, self.moments, start.rates[step], self.bank.trained)
         self.step_losses.append(loss_sum / normaliser)
         self.loss_sum += loss_sum
         return float(own[0])
@@ -137,6 +170,15 @@ class Client:
     def _front(self, batch: Batch) -> Tensor:
         route = Route(batch.ids.shape[0], last=self.plan.cut - 1, bank=self.bank)
         return self.federation.split.run(route, batch.ids, batch.mask)
+
+    def _alone(self, fields: StepFields, batch: Batch) -> StepFields:
+        """The whole model is here: nothing crosses a cut."""
+        split = self.federation.split
+        hidden = split.run(Route(batch.ids.shape[0], bank=self.bank), batch.ids, batch.mask)
+        weight = torch.full((batch.ids.shape[0],), 1.0 / fields.normaliser, device=hidden.device)
+        loss, sums = training_loss(hidden, Targets.of(batch.labels, hidden.device), weight, split.head, split.anatomy)
+        loss.backward()  # type: ignore[no-untyped-call]
+        return fields.with_result(float(sums.sum()), 0.0)
 
     def _exit_there(self, fields: StepFields, batch: Batch) -> Generator[bytes, bytes, StepFields]:
         """Labels travel; the server computes the loss."""

@@ -62,21 +62,24 @@ def evaluate(
     device: torch.device,
     max_rows: int = 0,
     names: Sequence[str] = (),
+    owners: Sequence[int] = (),
 ) -> list[Score | None]:
-    """One score per set of rows (None for a set without rows), all under the same adapters [p]. Rows of all sets are batched by length.
+    """One score per set of rows (None for a set without rows). Rows of all sets are batched by length.
 
+    `adapters` is one row [p] for all sets, or [n p] with `owners` naming the row of each set.
     `max_rows` limits each set to its first rows (0: all). Raises DataError for rows without a target; `names` of the sets go into it.
     """
-    bank = AdapterBank(layout, 1, device)
+    adapters = adapters if adapters.ndim == 2 else adapters[None]
+    bank = AdapterBank(layout, len(adapters), device)
     with torch.no_grad():
-        bank.values[0] = adapters.to(device)
+        bank.values.copy_(adapters.to(device))
     work = [(set_index, row) for set_index, rows in enumerate(sets) for row in range(min(len(rows), max_rows) if max_rows else len(rows))]
     work.sort(key=lambda item: (int(sets[item[0]].lengths[item[1]]), item))
     loss_sum, correct, tokens = np.zeros(len(sets)), np.zeros(len(sets), np.int64), np.zeros(len(sets), np.int64)
     for start in range(0, len(work), batch_size):
         chosen = work[start : start + batch_size]
         owner = np.array([set_index for set_index, _ in chosen])
-        losses, right, row = _batch(split, bank, sets, chosen, device)
+        losses, right, row = _batch(split, bank, sets, chosen, device, owners)
         np.add.at(loss_sum, owner[row], losses)
         np.add.at(correct, owner[row], right)
         np.add.at(tokens, owner[row], 1)
@@ -91,7 +94,12 @@ def evaluate(
 
 
 def _batch(
-    split: SplitModel, bank: AdapterBank, sets: Sequence[TokenRows], chosen: list[tuple[int, int]], device: torch.device
+    split: SplitModel,
+    bank: AdapterBank,
+    sets: Sequence[TokenRows],
+    chosen: list[tuple[int, int]],
+    device: torch.device,
+    owners: Sequence[int],
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """nll, right-or-wrong and row of every target of a batch."""
     parts = [sets[set_index].batch(np.array([row])) for set_index, row in chosen]
@@ -103,7 +111,9 @@ def _batch(
     lengths = np.array([[int(part_lengths[0])] for _, part_lengths, _ in parts])
     batch = assemble(ids, trained, lengths, device)
     with torch.no_grad():
-        hidden = split.run(Route(len(parts), bank=bank, sessions=1), batch.ids, batch.mask)
+        rows = torch.tensor([owners[set_index] for set_index, _ in chosen], device=device) if owners else None
+        route = Route(len(parts), bank=bank, bank_rows=rows, sessions=len(parts) if owners else 1)
+        hidden = split.run(route, batch.ids, batch.mask)
         targets = Targets.of(batch.labels, hidden.device)
         picked = hidden.reshape(-1, hidden.shape[-1]).index_select(0, targets.positions)
         losses, right = token_losses(picked, split.logits, targets.labels, split.model.config.get_text_config().vocab_size)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -13,6 +15,9 @@ from splitft.errors import ProtocolError
 from splitft.lora import Layout
 from splitft.messages import Frame, RoundEnd, RoundStart, Type, round_frame
 from splitft.types import Plan
+
+# Chosen columns of an adapter row: ranges where that is enough, else positions [q].
+Columns: TypeAlias = list[slice] | Tensor
 
 
 @dataclass(frozen=True)
@@ -27,31 +32,69 @@ class Ownership:
         """One behind the server's last block."""
         return self.blocks - self.plan.tail_blocks if self.plan.exit_on_client else self.blocks
 
+    @cached_property
+    def held(self) -> frozenset[int]:
+        """The client's blocks."""
+        return frozenset(self.client_blocks())
+
     def client_blocks(self) -> list[int]:
         return [*range(self.plan.cut), *range(self.server_end, self.blocks)]
 
     def server_blocks(self) -> list[int]:
         return list(range(self.plan.cut, self.server_end))
 
-    def client_columns(self, layout: Layout) -> list[slice]:
-        return [layout.columns(0, self.plan.cut), layout.columns(self.server_end, self.blocks)]
+    def client_columns(self, layout: Layout, trained: Tensor | None = None) -> Columns:
+        """What of a row travels to the client: its own blocks' adapters, at its own ranks, without what nobody trains."""
+        own = [layout.columns(0, self.plan.cut), layout.columns(self.server_end, self.blocks)]
+        if trained is None and not self.plan.ranks:
+            return own
+        mask = torch.zeros(layout.parameters, dtype=torch.bool)
+        for part in own:
+            mask[part] = True
+        if self.plan.ranks:
+            mask &= layout.active(self.plan.ranks)
+        if trained is not None:
+            mask &= trained
+        return mask.nonzero()[:, 0]
+
+    def upload_columns(self, layout: Layout, trained: Tensor | None = None) -> Columns:
+        """What of a row travels back: the same, or this round's segment of it."""
+        columns, plan = self.client_columns(layout, trained), self.plan
+        if plan.segments == 1:
+            return columns
+        every = positions(columns)
+        edges = [len(every) * k // plan.segments for k in range(plan.segments + 1)]
+        return every[edges[plan.segment] : edges[plan.segment + 1]]
 
     def server_columns(self, layout: Layout) -> slice:
         return layout.columns(self.plan.cut, self.server_end)
 
 
-def take(row: Tensor, columns: list[slice]) -> Tensor:
+def positions(columns: Columns) -> Tensor:
+    """The chosen columns one by one [q]."""
+    return columns if isinstance(columns, Tensor) else torch.cat([torch.arange(part.start, part.stop) for part in columns])
+
+
+def take(row: Tensor, columns: Columns) -> Tensor:
     """The chosen columns of a row [p] as one vector."""
-    return torch.cat([row[part] for part in columns])
+    return row[columns.to(row.device)] if isinstance(columns, Tensor) else torch.cat([row[part] for part in columns])
 
 
-def put(row: Tensor, columns: list[slice], vector: Tensor) -> None:
+def size_of(columns: Columns) -> int:
+    """How many columns are chosen."""
+    return len(columns) if isinstance(columns, Tensor) else sum(part.stop - part.start for part in columns)
+
+
+def put(row: Tensor, columns: Columns, vector: Tensor) -> None:
     """Write a vector from `take` back. Raises ProtocolError when its length does not fit."""
-    size = sum(part.stop - part.start for part in columns)
+    size = size_of(columns)
     if vector.shape != (size,):
         raise ProtocolError(
             f"adapters of shape {tuple(vector.shape)} arrived, {size} parameters are due.", "both sides must run the same plan."
         )
+    if isinstance(columns, Tensor):
+        row[columns.to(row.device)] = vector
+        return
     start = 0
     for part in columns:
         row[part] = vector[start : start + part.stop - part.start]
@@ -72,7 +115,7 @@ def parse_packet(data: bytes | memoryview) -> Packet:
 
 
 def round_start_frame(plan: Plan, round_index: int, first_step: int, settings: TrainSettings, adapters: Tensor) -> Frame:
-    """The message that opens a round for one client, with the global adapters [q] of its own blocks."""
+    """The message that opens a round for one client, with the adapters [q] of its own blocks to start from (unless it has them)."""
     fields = RoundStart(
         round=round_index,
         client=plan.client,
@@ -86,16 +129,22 @@ def round_start_frame(plan: Plan, round_index: int, first_step: int, settings: T
         clip_norm=settings.clip_norm,
         first_step=first_step,
         rates=[settings.schedule.rate(first_step + step) for step in range(plan.local_steps)],
+        ranks=list(plan.ranks),
+        download=plan.download,
+        upload=plan.upload,
+        segment=plan.segment,
+        segments=plan.segments,
     )
-    return round_frame(Type.ROUND_START, fields, (encode_vector(adapters, settings.adapter_codec),))
+    packets = (encode_vector(adapters, settings.adapter_codec),) if plan.download else ()
+    return round_frame(Type.ROUND_START, fields, packets)
 
 
 def round_end_frame(
-    client: int, round_index: int, tokens: int, squared_norm: float, loss_sum: float, adapters: Tensor, codec: Codec
+    plan: Plan, round_index: int, tokens: int, squared_norm: float, loss_sum: float, adapters: Tensor, codec: Codec
 ) -> Frame:
-    """The message that closes a round for one client, with the adapters [q] of its own blocks."""
-    fields = RoundEnd(round=round_index, client=client, tokens=tokens, squared_norm=squared_norm, loss_sum=loss_sum)
-    return round_frame(Type.ROUND_END, fields, (encode_vector(adapters, codec),))
+    """The message that closes a round for one client, with the adapters [q] of its own blocks unless it keeps them."""
+    fields = RoundEnd(round=round_index, client=plan.client, tokens=tokens, squared_norm=squared_norm, loss_sum=loss_sum)
+    return round_frame(Type.ROUND_END, fields, (encode_vector(adapters, codec),) if plan.upload else ())
 
 
 def encode_vector(vector: Tensor, codec: Codec) -> bytes:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from splitft.compress.base import State
 from splitft.engine.batches import length_mask, read_labels
-from splitft.engine.exchange import Ownership, decode_vector, packet_of, spread
+from splitft.engine.exchange import Ownership, decode_vector, packet_of, size_of, spread
 from splitft.engine.settings import Federation
 from splitft.errors import ProtocolError
 from splitft.messages import Frame, RoundEnd, StepFields
@@ -81,10 +81,10 @@ class Returned:
 
 @dataclass(frozen=True)
 class Ending:
-    """A client's own adapters [q] and the norm that closes its last step."""
+    """A client's own adapters [q] (None: it keeps them) and the norm that closes its last step."""
 
     session: Session
-    vector: Tensor
+    vector: Tensor | None
     squared_norm: float
     targets: int
 
@@ -150,21 +150,44 @@ def round_end(session: Session, frame: Frame, federation: Federation, round_inde
     end: RoundEnd = frame.read(RoundEnd)
     if end.client != session.client or end.round != round_index:
         raise ProtocolError(f"client {session.client} closed round {end.round} as client {end.client}.", "check the client's identity.")
+    plan = session.ownership.plan
+    if plan.is_whole(federation.split.blocks):
+        _check_alone(session, end, federation)
+    else:
+        _check_finished(session, end)
+    _check_norm(session, end.squared_norm)
+    if plan.upload != bool(frame.packets):
+        raise ProtocolError(f"client {session.client} closed the round with{'' if frame.packets else 'out'} adapters.", SAME_PLAN)
+    if not plan.upload:
+        return Ending(session, None, end.squared_norm, end.tokens)
+    vector = decode_vector(frame.packets[0], federation.settings.adapter_codec)
+    due = size_of(session.ownership.upload_columns(federation.layout, federation.trained))
+    if vector.shape != (due,):
+        raise ProtocolError(f"client {session.client} sent adapters of shape {tuple(vector.shape)}, due are {due} parameters.", SAME_PLAN)
+    return Ending(session, vector, end.squared_norm, end.tokens)
+
+
+def _check_finished(session: Session, end: RoundEnd) -> None:
+    """All steps went through this server, and their targets are the ones reported."""
     if (session.step, session.micro) != (session.ownership.plan.local_steps, 0) or session.in_pass:
         raise ProtocolError(
             f"client {session.client} closed the round with {session.step} of {session.ownership.plan.local_steps} steps done.",
             "finish the steps.",
         )
-    _check_norm(session, end.squared_norm)
     if end.tokens != session.targets:
         raise ProtocolError(f"client {session.client} reports {end.tokens} trained tokens, its steps had {session.targets}.", SAME_PLAN)
-    if not frame.packets:
-        raise ProtocolError(f"client {session.client} closed the round without adapters.", SAME_PLAN)
-    vector = decode_vector(frame.packets[0], federation.settings.adapter_codec)
-    due = sum(part.stop - part.start for part in session.ownership.client_columns(federation.layout))
-    if vector.shape != (due,):
-        raise ProtocolError(f"client {session.client} sent adapters of shape {tuple(vector.shape)}, due are {due} parameters.", SAME_PLAN)
-    return Ending(session, vector, end.squared_norm, end.tokens)
+
+
+def _check_alone(session: Session, end: RoundEnd, federation: Federation) -> None:
+    """A client with the whole model trained out of sight: what it reports can only be bounded."""
+    settings, plan = federation.settings, session.ownership.plan
+    sequences = plan.local_steps * settings.gradient_accumulation * settings.batch_size
+    positions = getattr(federation.split.model.config.get_text_config(), "max_position_embeddings", None) or 1 << 20
+    most = sequences * int(positions)
+    if not 0 < end.tokens <= most:
+        raise ProtocolError(
+            f"client {session.client} reports {end.tokens} trained tokens; {plan.local_steps} steps have 1 to {most}.", SAME_PLAN
+        )
 
 
 def _check_order(session: Session, fields: StepFields, round_index: int) -> None:

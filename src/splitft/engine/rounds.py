@@ -6,46 +6,56 @@ goes on from the last committed round and gives the numbers of the run that was 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from functools import reduce
 from operator import add
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from splitft.adapt.base import Policy
-from splitft.adapt.cost import CostModel, schedule
-from splitft.aggregate.base import Aggregator, Updates
-from splitft.clock import RoundTiming, monotonic_s, simulate_round
+from splitft.adapt.cost import CostModel
+from splitft.adapt.fleets import Device
+from splitft.aggregate.base import Aggregator
+from splitft.clock import monotonic_s
 from splitft.data.base import TokenRows
 from splitft.engine import checkpoint
+from splitft.engine.asynchronous import asynchronous_round
+from splitft.engine.attendance import Attendance, attend
+from splitft.engine.closing import close_round
 from splitft.engine.evaluate import evaluate
 from splitft.engine.journal import Journal
-from splitft.engine.record import evaluation_event, observations_of, round_event
-from splitft.engine.settings import ClientState, Federation, OnStep, RoundResult
-from splitft.rng import numpy_stream
-from splitft.types import Observation, Plan, Profile, RoundPlan
+from splitft.engine.planning import Starting, prepare
+from splitft.engine.record import Trained, evaluation_event
+from splitft.engine.settings import ClientState, Federation, OnStep, RoundResult, Starts
+from splitft.ranks.base import RankPolicy
+from splitft.sync.base import Synchronisation
+from splitft.types import RoundPlan
+from splitft.work.base import WorkPolicy
 
 
 class Executor(Protocol):
     """Whatever can train a round: a batched cohort or real workers."""
 
-    def train(self, plan: RoundPlan, first_step: int, adapters: Tensor, states: dict[int, ClientState], on_step: OnStep) -> RoundResult: ...
+    def train(self, plan: RoundPlan, first_step: int, starts: Starts, states: dict[int, ClientState], on_step: OnStep) -> RoundResult: ...
 
 
 @dataclass(frozen=True)
 class Rules:
-    """How a run goes, beside how a client trains: rounds, who takes part, when to evaluate."""
+    """How a run goes, beside how a client trains: rounds, who takes part, when to evaluate. `buffer` 0: rounds are synchronous."""
 
     rounds: int
     local_steps: int
     rank: int
     exit_on_client: bool
     tail_blocks: int
-    participation: float
-    minimum: int
+    attendance: Attendance
+    fetch_blocks: bool
+    buffer: int
+    staleness: float
     evaluate_every: int
     evaluate_batch: int
     evaluate_rows: int
@@ -60,9 +70,12 @@ class Run:
     federation: Federation
     executor: Executor
     policy: Policy
+    ranks: RankPolicy
+    work: WorkPolicy
     aggregator: Aggregator
+    synchronisation: Synchronisation
     costs: tuple[CostModel, ...]
-    profiles: tuple[Profile, ...]
+    devices: tuple[Device, ...]
     common_held_out: TokenRows
     rules: Rules
     folder: Path
@@ -84,8 +97,9 @@ class RoundRecord:
 def run_rounds(run: Run) -> Iterator[RoundRecord]:
     """All rounds that are left, one record each; a fresh run first yields round 0, the evaluation before training."""
     if run.state.round == 0 and run.state.identity.get("evaluated") is not True:
-        scored = score(run, 0, run.state.adapters)
+        scored = score(run, 0, run.state.adapters, run.state.clients)
         run.state.identity["evaluated"] = True
+        run.state.notes["base_loss"] = {str(one["client"]): one["loss"] for one in scored["clients"]}
         commit(run, [scored])
         yield RoundRecord(0, None, scored)
     while run.state.round < run.rules.rounds:
@@ -94,80 +108,62 @@ def run_rounds(run: Run) -> Iterator[RoundRecord]:
 
 def one_round(run: Run) -> RoundRecord:
     """Plan, train, aggregate, evaluate, record."""
-    started_s, state, rules = monotonic_s(), run.state, run.rules
-    index = state.round + 1
-
-    participants = draw_participants(len(run.federation.clients), rules, index)
-    cuts, policy_state = run.policy.plan(index, participants, [Observation(**one) for one in state.observations], state.policy)
-    plan = RoundPlan(index, tuple(make_plan(client, cuts[client], rules) for client in participants))
-
-    run.on_stage("train")
-    result = run.executor.train(plan, (index - 1) * rules.local_steps, state.adapters, state.clients, run.on_step)
-
+    started_s, index = monotonic_s(), run.state.round + 1
+    trained = asynchronous_round(run, index) if run.rules.buffer else synchronous_round(run, index)
     run.on_stage("aggregate")
-    updates = Updates(tuple(one.client for one in result.plans), tuple(result.targets), result.values, run.federation.layout)
-    adapters, memory = run.aggregator.merge(state.adapters, updates, state.aggregator)
-    timing = virtual_time(run, result.plans, state.virtual_s)
+    closed = close_round(run, index, trained)
+    last = index == run.rules.rounds
+    scored = score(run, index, closed.evaluated, closed.clients) if last or index % run.rules.evaluate_every == 0 else None
+    event, state = closed.recorded(run, index, trained, scored, monotonic_s() - started_s)
+    run.state = state
+    commit(run, [*closed.warnings, event, *([scored] if scored is not None else [])])
+    return RoundRecord(index, event, scored)
 
-    last = index == rules.rounds
-    scored = score(run, index, adapters) if last or index % rules.evaluate_every == 0 else None
-    wall_s = monotonic_s() - started_s
-    rate = run.federation.settings.schedule.rate(index * rules.local_steps - 1)
-    trained = round_event(index, result, timing, wall_s, rate)
-    run.state = replace(
-        state,
-        round=index,
-        adapters=adapters,
-        clients={**state.clients, **result.states},
-        policy=dict(policy_state),
-        aggregator=dict(memory),
-        observations=observations_of(index, result, timing, scored),
-        virtual_s=timing.end_s,
-        wall_s=state.wall_s + wall_s,
+
+def synchronous_round(run: Run, index: int) -> Trained:
+    """All participants train from the same global adapter, and the round ends when it has waited for them."""
+    state, rules, settings = run.state, run.rules, run.federation.settings
+    prepared = prepare(run, index)
+    attended = attend(
+        prepared.plans, index, run.devices, run.costs, prepared.traffic, rules.attendance, settings.gradient_accumulation, state.virtual_s
     )
-    commit(run, [trained] + ([scored] if scored is not None else []))
-    return RoundRecord(index, trained, scored)
+    starting = Starting(run)
+    run.on_stage("train")
+    plan = RoundPlan(index, attended.plans)
+    result = run.executor.train(plan, (index - 1) * rules.local_steps, starting, {**state.clients, **prepared.clients}, run.on_step)
+    for client, count in prepared.fetched_bytes.items():
+        result.ledger.add(client, "down", "weights", count)
+    return Trained(prepared, attended, result, starting.truncated)
 
 
-def draw_participants(clients: int, rules: Rules, index: int) -> list[int]:
-    """Who takes part in round `index`, ascending: a share of the clients drawn without replacement from the round's own stream."""
-    count = min(clients, max(rules.minimum, round(rules.participation * clients)))
-    if count == clients:
-        return list(range(clients))
-    return sorted(int(client) for client in numpy_stream(rules.seed, "participation", index).choice(clients, count, replace=False))
+def score(run: Run, index: int, adapters: Tensor, clients: dict[int, ClientState]) -> dict[str, Any]:
+    """Evaluate the joined model on every client's held-out rows and on the common ones; without those, the global score is the clients'.
 
-
-def make_plan(client: int, cut: int, rules: Rules) -> Plan:
-    return Plan(client, cut, rules.local_steps, rules.rank, rules.exit_on_client, rules.tail_blocks)
-
-
-def virtual_time(run: Run, plans: Sequence[Plan], start_s: float) -> RoundTiming:
-    """How long the round takes on the clients' devices and links, by the cost model and the event clock; the same on any machine."""
-    accumulation = run.federation.settings.gradient_accumulation
-    schedules = []
-    for plan in plans:
-        costs = run.costs[plan.client]
-        exchanges = replace(plan, local_steps=plan.local_steps * accumulation)
-        schedules.append(schedule(exchanges, costs.cost(plan), run.profiles[plan.client], costs.server))
-    return simulate_round(schedules, start_s, timeline_steps=2)
-
-
-def score(run: Run, index: int, adapters: Tensor) -> dict[str, Any]:
-    """Evaluate the joined model on every client's held-out rows and on the common ones; without those, the global score is the clients'."""
+    Where clients' own parts are never averaged there is no joined model: each client's rows are scored with its own, and the common
+    rows with every client's in turn.
+    """
     run.on_stage("evaluate")
-    federation = run.federation
-    *clients, common = evaluate(
+    federation, rules = run.federation, run.rules
+    own = [clients.get(one.client, ClientState()).adapter for one in federation.clients]
+    personal = federation.settings.server == "unaveraged" and any(row is not None for row in own)
+    sets = [client.held_out for client in federation.clients]
+    names = [f"client {client.client} ({client.name})" for client in federation.clients]
+    rows = torch.stack([adapters if row is None else row for row in own]) if personal else adapters[None]
+    commons = len(rows) if personal else 1
+    scores = evaluate(
         federation.split,
         federation.layout,
-        adapters,
-        [*(client.held_out for client in federation.clients), run.common_held_out],
-        run.rules.evaluate_batch,
+        rows,
+        [*sets, *[run.common_held_out] * commons],
+        rules.evaluate_batch,
         federation.device,
-        run.rules.evaluate_rows,
-        [*(f"client {client.client} ({client.name})" for client in federation.clients), "the common slice"],
+        rules.evaluate_rows,
+        [*names, *["the common slice"] * commons],
+        [*range(len(rows)), *range(len(rows))] if personal else (),
     )
-    total = common or reduce(add, (one for one in clients if one is not None))
-    return evaluation_event(index, total, clients)
+    own_scores, common = scores[: len(sets)], [one for one in scores[len(sets) :] if one is not None]
+    total = reduce(add, common or [one for one in own_scores if one is not None])
+    return evaluation_event(index, total, own_scores)
 
 
 def commit(run: Run, events: list[dict[str, Any]]) -> None:

@@ -16,7 +16,7 @@ from splitft.engine import intake
 from splitft.engine.batches import length_mask
 from splitft.engine.exchange import Ownership, packet_bytes, put
 from splitft.engine.intake import Arrival, Ending, Returned, Session
-from splitft.engine.settings import ClientState, Federation, load_moments
+from splitft.engine.settings import ClientState, Federation, Starts, load_moments
 from splitft.errors import ProtocolError
 from splitft.lora import AdapterBank, wide
 from splitft.loss import Targets, training_loss
@@ -45,7 +45,7 @@ class Server:
         federation: Federation,
         plan: RoundPlan,
         first_step: int,
-        adapters: Tensor,
+        starts: Starts,
         states: dict[int, ClientState],
         deterministic: bool,
     ) -> None:
@@ -54,12 +54,12 @@ class Server:
         self.first_step = first_step
         self.deterministic = deterministic or not federation.split.anatomy.ragged
         settings, count = federation.settings, len(plan.plans)
-        self.bank = AdapterBank(federation.layout, count, federation.device)
+        self.bank = AdapterBank(federation.layout, count, federation.device, trained=federation.trained)
         with torch.no_grad():
-            self.bank.values.copy_(adapters.to(federation.device)[None, :])
-        self.moments = load_moments(
-            [states.get(one.client, ClientState()) for one in plan.plans], federation.layout, settings, federation.device
-        )
+            for row, one in enumerate(plan.plans):
+                self.bank.values[row] = starts(one).to(federation.device)
+        before = [states.get(one.client, ClientState()) for one in plan.plans]
+        self.moments = load_moments(before, federation.layout, settings, federation.device, plan.plans)
         self.sessions = {
             one.client: Session(
                 Ownership(one, federation.split.blocks),
@@ -148,7 +148,7 @@ class Server:
         mask = length_mask(torch.stack([arrival.lengths for arrival in group]), width)
         rows = torch.tensor([arrival.session.row for arrival in group], device=self.federation.device)
         last = first.server_end - 1 if first.plan.exit_on_client else None
-        route = Route(sum(leaf.shape[0] for leaf in leaves), last, entries, None, self.bank, rows, len(group))
+        route = Route(sum(leaf.shape[0] for leaf in leaves), last, entries, bank=self.bank, bank_rows=rows, sessions=len(group))
         final = split.run(route, None, None if mask is None else mask.to(self.federation.device))
         if first.plan.exit_on_client:
             self.open.append(OpenPass(group, leaves, final, {}))
@@ -212,14 +212,18 @@ class Server:
             squared = torch.tensor([client_squared + session.squared_norm], dtype=torch.float64)
             gradients.mul_(clip_factor(squared, settings.clip_norm).to(gradients.dtype).to(gradients.device)[:, None])
         rate = settings.schedule.rate(self.first_step + session.step - 1)
-        settings.optimizer.step(self.bank.values[one, columns], gradients, self.moments.select(one, columns), rate)
+        trained = None if self.bank.trained is None else self.bank.trained[columns]
+        settings.optimizer.step(self.bank.values[one, columns], gradients, self.moments.select(one, columns), rate, trained)
 
     def _finish(self, ending: Ending) -> tuple[int, bytes]:
         """Take a participant's own adapters beside its session's."""
         session = ending.session
         self._close_step(session, ending.squared_norm)
-        columns = session.ownership.client_columns(self.federation.layout)
-        put(self.bank.values[session.row], columns, ending.vector.to(self.federation.device))
+        if ending.vector is not None:
+            columns = session.ownership.upload_columns(self.federation.layout, self.federation.trained)
+            with torch.no_grad():
+                put(self.bank.values[session.row], columns, ending.vector.to(self.federation.device))
+        session.targets = ending.targets
         session.finished = True
         accepted = RoundAccepted(round=self.plan.round, client=session.client)
         return session.client, round_frame(Type.ROUND_ACCEPTED, accepted).encode()

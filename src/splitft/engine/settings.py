@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -18,11 +18,22 @@ from splitft.split import SplitModel
 from splitft.types import Plan
 
 OnStep = Callable[[int], None]
+# The adapter [p] a participant begins a round with, whole: its own part and its session's.
+Starts = Callable[[Plan], Tensor]
+
+
+def same_start(row: Tensor) -> Starts:
+    """Everyone begins with the same adapter [p]."""
+    return lambda plan: row
 
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """How every client trains. `clip_norm` 0 is off; `keep_moments` carries AdamW's moments of a client from round to round."""
+    """How every client trains. `clip_norm` 0 is off; `keep_moments` carries AdamW's moments of a client from round to round.
+
+    `server`: whose adapters the server's blocks have: one set per client ("per_client", and "unaveraged", where the clients' own parts
+    are never averaged), or one set for all, stepped with all batches together ("shared") or client after client ("sequential").
+    """
 
     batch_size: int
     gradient_accumulation: int
@@ -34,21 +45,38 @@ class TrainSettings:
     downlink: Codec
     adapter_codec: Codec
     seed: int
+    server: str = "per_client"
+
+    @property
+    def one_server_set(self) -> bool:
+        """Whether all clients train the same adapters on the server."""
+        return self.server in ("shared", "sequential")
 
 
 @dataclass
 class ClientState:
-    """What outlives a round for one client: batches drawn so far, and its moments [p] if they are kept."""
+    """What outlives a round for one client: batches drawn so far, its moments [p] if they are kept, its adapters [p] if they are its
+    own for longer than a round, the number of first blocks it has had, and the round up to which it knows the frozen weights."""
 
     batches: int = 0
     steps: int = 0
     first: Tensor | None = None
     second: Tensor | None = None
+    adapter: Tensor | None = None
+    deepest: int = 0
+    folded: int = 0
+
+
+# The state of the adapters that all clients share on the server, kept beside the clients'.
+SHARED_SERVER = -1
 
 
 @dataclass(frozen=True)
 class Federation:
-    """The fixed parts of a run that executors share: the model, the layout of its adapters, the clients' data and their order."""
+    """The fixed parts of a run that executors share: the model, the layout of its adapters, the clients' data and their order.
+
+    `start` [p] is the adapter before the first round, which every side knows; `trained` [p] says which columns change at all (None: all).
+    """
 
     split: SplitModel
     layout: Layout
@@ -57,6 +85,8 @@ class Federation:
     settings: TrainSettings
     vocabulary: int
     device: torch.device
+    start: Tensor
+    trained: Tensor | None = None
 
 
 @dataclass
@@ -75,20 +105,32 @@ class RoundResult:
     targets: list[int] = field(default_factory=list)
 
 
-def load_moments(states: list[ClientState], layout: Layout, settings: TrainSettings, device: torch.device) -> Moments:
-    """Moments for these clients' rows: theirs from the round before if kept, else zeros."""
+def load_moments(
+    states: Sequence[ClientState], layout: Layout, settings: TrainSettings, device: torch.device, plans: Sequence[Plan | None] = ()
+) -> Moments:
+    """Moments for these clients' rows: theirs from the round before if kept, else zeros.
+
+    An adapter below its full rank begins every round with new factors, so its moments begin anew as well.
+    """
     moments = Moments.zeros(len(states), layout.parameters, device)
     if settings.keep_moments:
         for row, state in enumerate(states):
-            if state.first is not None and state.second is not None:
-                moments.first[row], moments.second[row] = state.first.to(device), state.second.to(device)
-                moments.steps[row] = state.steps
+            if state.first is None or state.second is None:
+                continue
+            moments.first[row], moments.second[row] = state.first.to(device), state.second.to(device)
+            moments.steps[row] = state.steps
+            plan = plans[row] if plans else None
+            for entry, rank in zip(layout.entries, plan.ranks if plan else (), strict=False):
+                if rank < entry.rank:
+                    moments.first[row, entry.start : entry.end] = 0.0
+                    moments.second[row, entry.start : entry.end] = 0.0
     return moments
 
 
 def next_state(before: ClientState, batches: int, settings: TrainSettings, moments: Moments, row: int) -> ClientState:
     """The client's state after a round; tensors are copies on the CPU."""
+    after = replace(before, batches=before.batches + batches)
     if not settings.keep_moments:
-        return ClientState(before.batches + batches)
+        return after
     first, second = moments.first[row].to("cpu", copy=True), moments.second[row].to("cpu", copy=True)
-    return ClientState(before.batches + batches, int(moments.steps[row]), first, second)
+    return replace(after, steps=int(moments.steps[row]), first=first, second=second)

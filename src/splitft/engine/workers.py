@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from splitft.engine.client import Client
-from splitft.engine.exchange import Ownership, round_start_frame, take
+from splitft.engine.exchange import Ownership, put, round_start_frame, take
 from splitft.engine.ledger import Ledger
 from splitft.engine.server import Server
-from splitft.engine.settings import ClientState, Federation, OnStep, RoundResult
+from splitft.engine.settings import ClientState, Federation, OnStep, RoundResult, Starts
 from splitft.messages import Type, decode
 from splitft.transport.base import Talk, Transport
 from splitft.types import Direction, RoundPlan
@@ -24,15 +23,15 @@ class WorkersExecutor:
         self.transport = transport
         self.deterministic = deterministic
 
-    def train(self, plan: RoundPlan, first_step: int, adapters: Tensor, states: dict[int, ClientState], on_step: OnStep) -> RoundResult:
-        """Every participant's local steps from the global adapters [p]; `on_step` is told of each step a client finishes."""
+    def train(self, plan: RoundPlan, first_step: int, starts: Starts, states: dict[int, ClientState], on_step: OnStep) -> RoundResult:
+        """Every participant's local steps from its start; `on_step` is told of each step a client finishes."""
         federation, ledger = self.federation, Ledger()
-        server = Server(federation, plan, first_step, adapters, states, self.deterministic)
+        server = Server(federation, plan, first_step, starts, states, self.deterministic)
         clients = {one.client: Client(federation, one.client, states.get(one.client, ClientState())) for one in plan.plans}
         talks: dict[int, Talk] = {}
         for one in plan.plans:
-            columns = Ownership(one, federation.split.blocks).client_columns(federation.layout)
-            opening = round_start_frame(one, plan.round, first_step, federation.settings, take(adapters, columns))
+            columns = Ownership(one, federation.split.blocks).client_columns(federation.layout, federation.trained)
+            opening = round_start_frame(one, plan.round, first_step, federation.settings, take(starts(one), columns))
             ledger.add_frame(one.client, "down", opening)
             talks[one.client] = clients[one.client].round(opening.encode())
 
@@ -58,9 +57,15 @@ class WorkersExecutor:
                 assert state.second is not None
                 state.first[columns] = server.moments.first[session.row, columns].cpu()
                 state.second[columns] = server.moments.second[session.row, columns].cpu()
+        values = torch.stack([server.bank.values[server.sessions[client].row].cpu() for client in order])
+        for row, one in enumerate(plan.plans):
+            if not one.upload:
+                # In one process the observer sees what a client keeps to itself: its next round and its evaluation start from it.
+                own = Ownership(one, self.federation.split.blocks).client_columns(self.federation.layout)
+                put(values[row], own, take(clients[one.client].bank.values[0].detach().cpu(), own))
         return RoundResult(
             plans=plan.plans,
-            values=torch.stack([server.bank.values[server.sessions[client].row].cpu() for client in order]),
+            values=values,
             tokens=[clients[client].tokens for client in order],
             step_losses=[clients[client].step_losses for client in order],
             ledger=ledger,

@@ -1,0 +1,168 @@
+"""Who takes part in a round, on what terms, and who comes through it: availability, refusals, drop-outs, stragglers.
+
+Everything here follows from the seed, the devices and the cost model, never from the machine that computes: the same run has the same
+drop-outs and the same stragglers wherever it is repeated.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from splitft.adapt.cost import CostModel
+from splitft.adapt.fleets import Device, available, lost_after, slowed
+from splitft.adapt.schedule import schedule
+from splitft.clock import ClientSchedule, RoundTiming, simulate_round
+from splitft.errors import ResourceError
+from splitft.rng import numpy_stream
+from splitft.types import Plan, Profile
+
+ATTEMPTS = 1000
+
+
+@dataclass(frozen=True)
+class Attendance:
+    """How long a round waits: `deadline_s` 0 is for ever, `quorum` the share of updates a round needs before its deadline may end it,
+    `partial` whether a straggler's finished steps count."""
+
+    seed: int
+    participation: float
+    minimum: int
+    deadline_s: float
+    quorum: float
+    partial: bool
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes a client's round moves beside its steps: weights it lacks and adapters down, adapters and reports up."""
+
+    fetch_bytes: float
+    download_bytes: float
+    upload_bytes: float
+    report_bytes: float = 0.0
+
+
+@dataclass(frozen=True)
+class Attended:
+    """The round as it will go: plans with the steps each client gets done, who is lost with them, when everything happens.
+
+    `predicted_s`: seconds of each client's round alone, had its device been as described and the round not been cut short.
+    """
+
+    plans: tuple[Plan, ...]
+    lost: frozenset[int]
+    timing: RoundTiming
+    predicted_s: Mapping[int, float]
+
+
+def draw_participants(clients: int, rules: Attendance, index: int, devices: Sequence[Device] = ()) -> list[int]:
+    """Who takes part in round `index`, ascending: a share of the clients drawn without replacement from those that can be reached.
+
+    While fewer than the minimum can be reached the round waits and they are asked again. Raises ResourceError when that does not end.
+    """
+    reachable = list(range(clients))
+    if any(device.availability < 1.0 for device in devices):
+        for attempt in range(ATTEMPTS):
+            reachable = [client for client, here in enumerate(available(devices, rules.seed, index, attempt)) if here]
+            if len(reachable) >= rules.minimum:
+                break
+        else:
+            raise ResourceError(
+                f"round {index} found fewer than {rules.minimum} clients reachable, {ATTEMPTS} times over.",
+                "raise the fleet's availability or lower clients.minimum.",
+            )
+    count = min(len(reachable), max(rules.minimum, round(rules.participation * clients)))
+    if count == len(reachable):
+        return reachable
+    drawn = numpy_stream(rules.seed, "participation", index).choice(len(reachable), count, replace=False)
+    return sorted(reachable[int(position)] for position in drawn)
+
+
+def accept(plan: Plan, costs: CostModel, profile: Profile) -> Plan:
+    """The plan as the client accepts it: one whose cut does not fit the device's memory is refused for the deepest that does.
+
+    Only the client knows its memory, so this is its own decision. Raises ResourceError when not even the shallowest cut fits.
+    """
+    for cut in range(plan.cut, 0, -1):
+        tried = replace(plan, cut=cut)
+        if costs.cost(tried).client_memory.total_bytes <= profile.memory_bytes:
+            return tried
+    need_bytes = costs.cost(replace(plan, cut=1)).client_memory.total_bytes
+    raise ResourceError(
+        f"client {plan.client} cannot hold any cut: cut 1 needs {need_bytes:.0f} bytes, {profile.name!r} has {profile.memory_bytes:.0f}.",
+        "use a smaller batch, shorter sequences, bfloat16 weights or gradient checkpointing, or leave the client out.",
+    )
+
+
+def attend(
+    plans: Sequence[Plan],
+    index: int,
+    devices: Sequence[Device],
+    costs: Sequence[CostModel],
+    traffic: Mapping[int, Traffic],
+    rules: Attendance,
+    micro: int,
+    start_s: float,
+) -> Attended:
+    """Play the round on the virtual clock before it is trained, and shorten the plans of those who do not get through it.
+
+    `micro` is the number of batches behind an optimizer step. A client that is lost trains at least one step: its traffic is real.
+    """
+    profiles = {one.client: slowed(devices[one.client].profile, devices[one.client].jitter, one.client, rules.seed, index) for one in plans}
+    vanished = {one.client: lost_after(devices[one.client], one.client, rules.seed, index, one.local_steps) for one in plans}
+    steps = {one.client: one.local_steps for one in plans}
+    steps.update({client: max(1, done) for client, done in vanished.items() if done is not None})
+    lost = {client for client, done in vanished.items() if done is not None}
+
+    def played() -> tuple[RoundTiming, dict[int, float]]:
+        made = [_schedule(one, profiles[one.client], costs, traffic, micro, steps[one.client], one.client in lost) for one in plans]
+        whole = {one.client: _schedule(one, devices[one.client].profile, costs, traffic, micro, steps[one.client], False) for one in plans}
+        timing = simulate_round(made, start_s, timeline_steps=2, network=costs[0].network)
+        return timing, {client: item.alone_s() for client, item in whole.items()}
+
+    timing, predicted_s = played()
+    if rules.deadline_s > 0 and (late := _late(timing, lost, rules, len(plans), start_s)):
+        limit_s, stragglers = late
+        for one in timing.clients:
+            if one.client in stragglers:
+                done = sum(end_s - start_s <= limit_s for end_s in one.step_ends_s)
+                steps[one.client] = max(1, done)
+                if done == 0 or not rules.partial:
+                    lost.add(one.client)
+        timing, predicted_s = played()
+    shortened = tuple(replace(one, local_steps=steps[one.client]) for one in plans)
+    return Attended(shortened, frozenset(lost), timing, predicted_s)
+
+
+def _schedule(
+    plan: Plan, profile: Profile, costs: Sequence[CostModel], traffic: Mapping[int, Traffic], micro: int, steps: int, lost: bool
+) -> ClientSchedule:
+    own, moved = costs[plan.client], traffic[plan.client]
+    return schedule(
+        replace(plan, local_steps=steps * micro),
+        own.cost(plan),
+        profile,
+        own.server,
+        fetch_bytes=moved.fetch_bytes,
+        download_bytes=moved.download_bytes,
+        upload_bytes=moved.upload_bytes,
+        extra_up_bytes=moved.report_bytes,
+        micro=micro,
+        lost=lost,
+    )
+
+
+def _late(timing: RoundTiming, lost: set[int], rules: Attendance, participants: int, start_s: float) -> tuple[float, set[int]] | None:
+    """When the round stops waiting, in seconds since its start, and for whom; None when nobody is late or too few would be left.
+
+    The round ends at its deadline or, later, when the quorum is reached.
+    """
+    finishes = sorted((one.finish_s - start_s, one.client) for one in timing.clients if one.client not in lost)
+    needed = max(1, math.ceil(rules.quorum * participants))
+    if len(finishes) < needed:
+        return None
+    limit_s = max(rules.deadline_s, finishes[needed - 1][0])
+    stragglers = {client for finish_s, client in finishes if finish_s > limit_s}
+    return (limit_s, stragglers) if stragglers else None
