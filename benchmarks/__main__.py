@@ -13,11 +13,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import record
+from benchmarks import paper_page, record
 from splitft.apps.console import prepare_process
 from splitft.clock import utc_now
 
-NAMES = ("startup", "memory", "throughput")
+NAMES = ("startup", "memory", "throughput", "paper_tables")
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -55,6 +55,10 @@ def benchmark(name: str) -> Any:
         from benchmarks import throughput
 
         return throughput
+    if name == "paper_tables":
+        from benchmarks import paper_tables
+
+        return paper_tables
     from benchmarks import memory, startup
 
     return {"memory": memory, "startup": startup}[name]
@@ -72,8 +76,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if not chosen.quick:  # after each, so that a measurement that is stopped keeps what it has
             print(f"written: {record.write_result(chosen.results, date, name, rows, facts)}", flush=True)
     if not chosen.quick and chosen.results == record.RESULTS:
-        record.write_page(record.render(record.newest_sections()))
+        sections = record.newest_sections()
+        record.write_page(record.render(sections))
         print(f"written: {record.PAGE}")
+        if "paper_tables" in sections:
+            print(f"written: {paper_page.write_page(sections['paper_tables'])}")
 
 
 if __name__ == "__main__":

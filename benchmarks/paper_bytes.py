@@ -135,7 +135,8 @@ def schedule_turns(cut: int, cut_rank: int, turn_steps: int = TURN_STEPS, total_
     """One client at a time, `turn_steps` each, until all steps are done; the last turn has what is left."""
     starts = range(0, total_steps, turn_steps)
     return [
-        Turn(cut, cut_rank, min(turn_steps, total_steps - start), number % CLIENTS, number + 1, start) for number, start in enumerate(starts)
+        Turn(cut, cut_rank, min(turn_steps, total_steps - start), number % CLIENTS, number + 1, start)
+        for number, start in enumerate(starts)
     ]
 
 

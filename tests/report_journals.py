@@ -17,7 +17,11 @@ PROFILES = ("phone", "laptop", "tablet", "desktop", "edge-gpu")
 
 @dataclass(frozen=True)
 class Journal:
-    """Knobs of a made-up run. `participation`: share of clients in a round; `busy`: write `busy_s`; `drawn_steps` of the time line."""
+    """Knobs of a made-up run. `participation`: share of clients in a round; `busy`: write `busy_s`; `drawn_steps` of the time line.
+
+    `adaptive`: cuts that move, are refused and oscillate, ranks that differ, clients cut short and lost, rounds not aggregated.
+    `buffer`: asynchronous, so many updates merged at a time. Without either a journal is as the first version wrote it.
+    """
 
     clients: int = 5
     rounds: int = 5
@@ -28,6 +32,8 @@ class Journal:
     drawn_steps: int = 2
     names: tuple[str, ...] = ()
     seed: int = 0
+    adaptive: bool = False
+    buffer: int = 0
 
     def name(self, client: int) -> str:
         return self.names[client] if client < len(self.names) else f"client-{client}"
@@ -91,6 +97,40 @@ class Journal:
         }
         return {"event": "evaluation", "round": number, "global": overall, "clients": scores}
 
+    def adapted_event(self, number: int, start_s: float) -> dict[str, Any]:
+        """The round with all that adaptation may add to it."""
+        event = self.round_event(number, start_s)
+        event |= {"aggregated": number % 4 != 2, "metrics": {"discarded_energy": 0.02 / number, "clip_limit": 1.5, "never": 0.0}}
+        for place, part in enumerate(event["clients"]):
+            client = part["client"]
+            part |= {"cut": 1 + (client + number // 2) % 5, "status": self.state(client, number), "truncated": 0.001 * (client % 3)}
+            part["predicted_s"] = sum(part["busy_s"].values()) / (1.0 + 0.1 * (client % 4))
+            part["ranks"] = [4 if block == part["cut"] - 1 else 8 for block in range(6) for _ in range(2)]
+            if part["cut"] == 4:
+                part["refused_cut"] = 5
+                part["bytes"]["down"]["weights"] = 400_000
+            if part["status"] != "done":
+                part["steps"] = max(1, self.steps // 2)
+            if part["status"] == "lost":
+                part["finish_s"] = start_s + 0.4 * (part["finish_s"] - start_s)
+                part["barrier_wait_s"] = event["virtual_end_s"] - part["finish_s"]
+                event["timeline"] = [
+                    [who, kind, max(begin, part["finish_s"]) if kind == "barrier_wait" else begin, end]
+                    for who, kind, begin, end in event["timeline"]
+                    if who != client or end <= part["finish_s"]
+                ] + [[client, "barrier_wait", part["finish_s"], event["virtual_end_s"]]]
+            if self.buffer and part["status"] != "lost":
+                part["staleness"] = (place + number) % 3
+        return event
+
+    def state(self, client: int, number: int) -> str:
+        """What becomes of a client's part in an adaptive run."""
+        return {0: "lost", 1: "partial"}.get((client * 3 + number * 5) % 11, "done")
+
+    def warning_event(self, number: int, client: int) -> dict[str, Any]:
+        text = f"the cut of client {client} goes back and forth: [1, 2, 1, 2]; give the policy a wider dead band or a longer cool-down."
+        return {"event": "warning", "round": number, "client": client, "text": text}
+
     def round_event(self, number: int, start_s: float) -> dict[str, Any]:
         present = self.participants(number)
         tracks = {client: self._track(client, number, start_s, place, len(present)) for place, client in enumerate(present)}
@@ -107,7 +147,7 @@ class Journal:
             timeline += self._drawn(track)
             if finish < end_s:
                 timeline.append([client, "barrier_wait", finish, end_s])
-            clients.append(self._client(client, number, finish, wait, end_s - finish) | ({"busy_s": busy} if self.busy else {}))
+            clients.append(self._client(client, number, finish, wait, end_s - finish) | ({"busy_s": busy} if self.busy or self.adaptive else {}))
         stream = numpy_stream(self.seed, "steps", number)
         losses = [
             2.5 + 1.3 * math.exp(-0.05 * ((number - 1) * self.steps + step)) + 0.06 * stream.standard_normal() for step in range(self.steps)
@@ -163,7 +203,9 @@ class Journal:
         for number in range(1, self.rounds + 1):
             if not self.finished and number == self.rounds:
                 break
-            events.append(self.round_event(number, now))
+            if self.adaptive and number % 3 == 2:
+                events.append(self.warning_event(number, number % self.clients))
+            events.append(self.adapted_event(number, now) if self.adaptive else self.round_event(number, now))
             now = events[-1]["virtual_end_s"]
             events.append(self.evaluation_event(number))
         if self.finished:

@@ -25,6 +25,13 @@ CASES: dict[str, dict[str, Any]] = {
         "split": {"labels": "client", "tail_blocks": 1},
         "policy": {"name": "fixed", "cuts": [1, 2, 2]},
     },
+    "splitft-two-tier": {
+        "policy": {"name": "combined", "decide_every": 1, "gamma": 2.0},
+        "ranks": {"name": "splitft"},
+        "work": {"name": "balanced"},
+        "aggregator": {"name": "product"},
+        "clients": {"count": 4, "fleet": "two_tier", "server_profile": "laptop", "dropout": 0.15},
+    },
     "documents-identity": {
         "tokens": {"packing": "documents", "block_tokens": 48},
         "uplink": {"name": "identity"},

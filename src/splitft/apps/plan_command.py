@@ -13,8 +13,10 @@ from transformers import AutoModelForCausalLM
 from splitft.adapt.base import Policy
 from splitft.adapt.choose import reference_step_s
 from splitft.adapt.cost import CostModel
+from splitft.adapt.schedule import step_seconds
 from splitft.apps.assemble import build_components, cost_model, fleet_of, load_base
 from splitft.apps.plan import mark_configured, plan_table, render_plan
+from splitft.apps.plan_fleet import TABLES_SHOWN, fleet_plan, render_fleet
 from splitft.config import RunConfig
 from splitft.lora import Layout
 from splitft.models.anatomy import describe, select_targets
@@ -46,9 +48,15 @@ def cuts_by_profile(
     named = config.policy.fields.get("cuts", [])
     if config.clients.count == 0 and len(named) not in (0, 1, len(profiles)):
         return {profile: set(named) for profile in profiles}
+    cuts = starting_cuts(policy, shape, profiles, costs)
+    return {profile: {cut for cut, own in zip(cuts, profiles, strict=True) if own == profile} for profile in profiles}
+
+
+def starting_cuts(policy: Policy, shape: ModelShape, profiles: Sequence[Profile], costs: CostModel) -> list[int]:
+    """The cut the policy would start each client with."""
     cuts = policy.init(shape, profiles, [costs] * len(profiles)).get("cuts", [])
     assert isinstance(cuts, list)
-    return {profile: {cut for cut, own in zip(cuts, profiles, strict=True) if own == profile} for profile in profiles}
+    return cuts
 
 
 def show_plan(config: RunConfig) -> None:
@@ -68,10 +76,20 @@ def show_plan(config: RunConfig) -> None:
     console = Console()
     reference_s = reference_step_s([costs] * len(profiles), profiles)
     planned_cuts = cuts_by_profile(config, components.policy, shape, profiles, costs)
+    step = f"{config.train.batch_size} x {config.tokens.block_tokens} tokens a step"
+    if len(set(profiles)) > TABLES_SHOWN:
+        cuts = starting_cuts(components.policy, shape, profiles, costs)
+        alone = {
+            client: step_seconds(costs.cost(costs.plan(cut)), profile, server).total_s
+            for client, (cut, profile) in enumerate(zip(cuts, profiles, strict=True))
+        }
+        steps = components.work.steps(alone, config.train.local_steps)
+        title = f"{config.model.path} on {len(profiles)} devices, server {server.name}, {step}"
+        render_fleet(fleet_plan(costs, profiles, cuts, [steps[client] for client in range(len(profiles))]), console, title)
+        return
     reason = "set by policy.cuts" if config.policy.fields.get("cuts") else f"where policy {config.policy.name} starts"
     for profile in dict.fromkeys(profiles):
         planned = planned_cuts[profile]
-        step = f"{config.train.batch_size} x {config.tokens.block_tokens} tokens a step"
         title = f"{config.model.path} on {profile.name}, server {server.name}, {step}"
         render_plan(mark_configured(plan_table(costs, profile, reference_s), planned, reason), console, title)
     note = f"No data were read: every row counts as full ({config.tokens.block_tokens} tokens). A run takes each client's mean row length."

@@ -1,152 +1,34 @@
-"""The clients: which cut each had in each round, and how long its documents are."""
+"""Document lengths of the clients, and the figures of the report's section on clients."""
 
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
 
+from splitft.apps.plot_cells import shade
+from splitft.apps.plot_cuts import cuts_figure
+from splitft.apps.plot_ranks import ranks_figure
 from splitft.apps.plots import HALF_PX, WIDE_PX, Drawing, Figure, Legend, evenly, text_px
 from splitft.apps.report_record import RunRecord
-from splitft.apps.report_text import clean, count_text, number_text, percent_text, plural, shorten
+from splitft.apps.report_text import clean, count_text, number_text, percent_text, shorten
 
-SHADES = 7
 GRID_ROWS = 40
 PANELS = 12
 NAME_CHARACTERS = 18
 Buckets = tuple[list[str], list[str]]  # names of the buckets, names of their edges
 
 
-def shade(value: float, low: float, high: float) -> int:
-    """Step of the sequential ramp, 0 to 6, for `value` in [low, high]."""
-    if high <= low:
-        return SHADES // 2
-    return min(SHADES - 1, max(0, round((value - low) / (high - low) * (SHADES - 1))))
-
-
 def client_figures(record: RunRecord) -> list[Figure]:
-    """Cuts and document lengths; side by side when both are small, else both wide."""
-    cuts, lengths = cuts_figure(record), lengths_figure(record)
-    if cuts is None or lengths is None or cuts.wide != lengths.wide:
-        cuts, lengths = cuts_figure(record, wide=True), lengths_figure(record, wide=True)
-    return [figure for figure in (cuts, lengths) if figure is not None]
-
-
-def cuts_figure(record: RunRecord, wide: bool = False) -> Figure | None:
-    """A grid of clients by rounds; beyond forty clients, how many clients had each cut in each round."""
-    taken = {(client.client, item.round): client.cut for item in record.rounds for client in item.clients}
-    if not taken:
-        return None
-    clients = [client for client in record.client_ids if any(client == key for key, _ in taken)]
-    rounds = [item.round for item in record.rounds]
-    wide = wide or len(rounds) > 12 or len(clients) > PANELS
-    note = _cuts_note(record, taken, clients, rounds)
-    if len(clients) <= GRID_ROWS:
-        drawing = _client_grid(record, taken, clients, rounds, WIDE_PX if wide else HALF_PX)
-    else:
-        drawing = _distribution(taken, rounds, WIDE_PX)
-        note += " The number in a cell counts clients."
-    rows = tuple((record.client_name(client), *(str(taken.get((client, at), "")) for at in rounds)) for client in clients)
-    columns = ("client", *(f"round {at}" for at in rounds))
-    svg = drawing.svg("cuts", "Cut of each client in each round", note)
-    legend = _ramp_legend(taken, len(clients))
-    return Figure("cuts", "Cuts", note, svg, columns, rows, legend, wide=wide)
-
-
-def _cuts_note(record: RunRecord, taken: dict[tuple[int, int], int], clients: Sequence[int], rounds: Sequence[int]) -> str:
-    changes = 0
-    for client in clients:
-        cuts = [taken[client, at] for at in rounds if (client, at) in taken]
-        changes += sum(a != b for a, b in pairwise(cuts))
-    blocks = record.started.model.blocks
-    total = f" of {blocks}" if blocks else ""
-    low, high = min(taken.values()), max(taken.values())
-    span = f"{low}" if low == high else f"{low} to {high}"
-    moved = "no cut moved" if not changes else plural(changes, "cut move")
-    absent = " An empty cell: the client did not take part." if len(taken) < len(clients) * len(rounds) else ""
-    return f"Blocks held by the client: {span}{total}; {moved}.{absent}"
-
-
-def _ramp_legend(taken: dict[tuple[int, int], int], clients: int) -> tuple[Legend, ...]:
-    if clients > GRID_ROWS:
-        return (Legend("few clients", "q1"), Legend("many clients", "q6"))
-    values = sorted(set(taken.values()))
-    low, high = values[0], values[-1]
-    shown = [values[place] for place in evenly(len(values), SHADES)]
-    return tuple(Legend(f"cut {value}", f"ramp q{shade(value, low, high)}") for value in shown)
-
-
-def _client_grid(
-    record: RunRecord, taken: dict[tuple[int, int], int], clients: Sequence[int], rounds: Sequence[int], width: int
-) -> Drawing:
-    names = {client: shorten(record.client_name(client), NAME_CHARACTERS) for client in clients}
-    left, top = max(text_px(name) for name in names.values()) + 20, 8
-    height = 30 if len(clients) <= 6 else 22 if len(clients) <= PANELS else 15
-    cell = min((width - left - 16) / len(rounds), 90)
-    bottom = top + height * len(clients)
-    drawing = Drawing(width, bottom + 46)
-    low, high = min(taken.values()), max(taken.values())
-    for row, client in enumerate(clients):
-        y = top + row * height
-        drawing.text(left - 10, y + height / 2 + 4, names[client], "t", anchor="end", title=record.client_name(client))
-        for first, last in _equal_stretches([taken.get((client, at)) for at in rounds], merge=cell < 14 or len(clients) > PANELS):
-            cut = taken.get((client, rounds[first]))
-            x, span = left + first * cell, cell * (last - first + 1)
-            when = f"round {rounds[first]}" if first == last else f"rounds {rounds[first]} to {rounds[last]}"
-            if cut is None:
-                drawing.rect(x + 0.75, y + 0.75, span - 1.5, height - 1.5, "absent", f"{record.client_name(client)}, {when}: no part")
-                continue
-            step = shade(cut, low, high)
-            drawing.rect(x + 0.75, y + 0.75, span - 1.5, height - 1.5, f"q{step}", f"{record.client_name(client)}, {when}: cut {cut}", 2)
-            if span >= 16:
-                drawing.text(x + min(span, max(cell, 16)) / 2, y + height / 2 + 4, str(cut), f"t on q{step}-ink", anchor="middle")
-    _round_axis(drawing, rounds, left, cell, bottom)
-    return drawing
-
-
-def _equal_stretches(values: Sequence[int | None], merge: bool) -> list[tuple[int, int]]:
-    """(first, last) of runs of equal neighbours; every cell on its own unless `merge`."""
-    stretches: list[tuple[int, int]] = []
-    for index, value in enumerate(values):
-        if merge and stretches and values[stretches[-1][0]] == value:
-            stretches[-1] = (stretches[-1][0], index)
-        else:
-            stretches.append((index, index))
-    return stretches
-
-
-def _round_axis(drawing: Drawing, rounds: Sequence[int], left: float, cell: float, bottom: float) -> None:
-    every = max(1, math.ceil(34 / cell))
-    for index in range(0, len(rounds), every):
-        drawing.text(left + cell * (index + 0.5), bottom + 17, str(rounds[index]), anchor="middle")
-    drawing.text(left + cell * len(rounds) / 2, bottom + 36, "round", "t title", anchor="middle")
-
-
-def _distribution(taken: dict[tuple[int, int], int], rounds: Sequence[int], width: int) -> Drawing:
-    counts = Counter((cut, at) for (_, at), cut in taken.items())
-    low, high = min(taken.values()), max(taken.values())
-    left, top, height = 60, 26, 24 if high - low < 16 else 12
-    cell = min((width - left - 16) / len(rounds), 72)
-    bottom = top + height * (high - low + 1)
-    drawing = Drawing(width, bottom + 46)
-    drawing.text(8, 14, "cut, blocks held by the client", "t title")
-    most = max(counts.values())
-    for cut in range(low, high + 1):
-        y = bottom - (cut - low + 1) * height
-        drawing.text(left - 10, y + height / 2 + 4, str(cut), anchor="end")
-        for index, at in enumerate(rounds):
-            number = counts.get((cut, at), 0)
-            if not number:
-                continue
-            step = max(1, shade(number, 0, most))
-            drawing.rect(
-                left + index * cell + 0.5, y + 0.5, cell - 1, height - 1, f"q{step}", f"round {at}, cut {cut}: {plural(number, 'client')}"
-            )
-            if cell >= 26 and height >= 20:
-                drawing.text(left + (index + 0.5) * cell, y + height / 2 + 4, str(number), f"t on q{step}-ink", anchor="middle")
-    _round_axis(drawing, rounds, left, cell, bottom)
-    return drawing
+    """Cuts, ranks where they differ, document lengths; two small ones side by side, no small one alone in its row."""
+    makers = [maker for maker in (cuts_figure, ranks_figure, lengths_figure) if maker(record) is not None]
+    small = [figure is not None and not figure.wide for figure in (maker(record) for maker in makers)]
+    wide = [True] * len(makers)
+    for place in range(len(makers) - 1):
+        if wide[place] and small[place] and small[place + 1]:
+            wide[place] = wide[place + 1] = False
+    figures = [maker(record, wide=over) for maker, over in zip(makers, wide, strict=True)]
+    return [figure for figure in figures if figure is not None]
 
 
 def edge_names(edges: Sequence[float]) -> list[str]:

@@ -12,6 +12,7 @@ from splitft.apps.report_text import change_text, number_text, plural, shorten
 MANY_CLIENTS = 12
 DRAWN_STEPS = 480
 TABLE_ROWS = 200
+HELD = Legend("not aggregated", "ink", "open")
 BAND_LEGEND = (Legend("10th to 90th percentile", "band", "band"), Legend("full range", "band faint", "band"))
 
 
@@ -32,15 +33,28 @@ def perplexity_figure(record: RunRecord) -> Figure | None:
     whole = Series("global", tuple((float(at), value) for at, value in overall), "ink", bold=True)
     clients = [(record.client_name(client), _as_points(record.perplexities(client))) for client in record.client_ids]
     series, bands, legend = _client_lines([(name, points) for name, points in clients if finite(value for _, value in points)])
-    chart = LineChart((whole, *series), "round", "perplexity, held out", bands, WIDE_PX, 380)
+    held = not_aggregated(record)
+    chart = LineChart((whole, *series), "round", "perplexity, held out", bands, WIDE_PX, 380, held=held, held_name=HELD.label)
     note = _perplexity_note(record)
+    if held:
+        note += f" {len(held)} of {plural(len(record.rounds), 'round')} {'was' if len(held) == 1 else 'were'} not aggregated."
     rows = tuple(
         (str(at), number_text(value, 4), *(number_text(points[index][1], 4) for _, points in clients))
         for index, (at, value) in enumerate(overall)
     )
     columns = ("round", "global", *(name for name, _ in clients))
     svg = chart.draw().svg("perplexity", "Held-out perplexity by round", note)
-    return Figure("perplexity", "Held-out perplexity", note, svg, columns, rows, (Legend("global", "ink", "bold"), *legend), wide=True)
+    return Figure("perplexity", "Held-out perplexity", note, svg, columns, rows, (*_global_legend(held), *legend), wide=True)
+
+
+def not_aggregated(record: RunRecord) -> tuple[int, ...]:
+    """Rounds after which the global adapter stayed as it was: a synchronisation rule put it off, or no update came through."""
+    return tuple(item.round for item in record.rounds if not item.aggregated)
+
+
+def _global_legend(held: tuple[int, ...]) -> tuple[Legend, ...]:
+    line = Legend("global", "ink", "bold")
+    return (line, HELD) if held else (line,)
 
 
 def _width(wide: bool) -> int:
@@ -159,7 +173,9 @@ def round_loss_figure(record: RunRecord, wide: bool = False) -> Figure | None:
         if finite(value for _, value in points):
             clients.append((record.client_name(client), points))
     series, bands, legend = _client_lines(clients)
-    chart = LineChart((Series("global", overall, "ink", bold=True), *series), "round", "training loss, nats per token", bands, _width(wide))
+    held = not_aggregated(record)
+    lines = (Series("global", overall, "ink", bold=True), *series)
+    chart = LineChart(lines, "round", "training loss, nats per token", bands, _width(wide), held=held, held_name=HELD.label)
     known = finite(value for _, value in overall)
     note = f"Token-weighted mean over the participants: {number_text(known[0])} in the first round"
     note += f", {number_text(known[-1])} in the last." if len(known) > 1 else "."
@@ -169,4 +185,4 @@ def round_loss_figure(record: RunRecord, wide: bool = False) -> Figure | None:
     )
     svg = chart.draw().svg("round-loss", "Training loss by round", note)
     columns = ("round", "global", *(name for name, _ in clients))
-    return Figure("round-loss", "Training loss, round by round", note, svg, columns, rows, (Legend("global", "ink", "bold"), *legend), wide)
+    return Figure("round-loss", "Training loss, round by round", note, svg, columns, rows, (*_global_legend(held), *legend), wide)

@@ -35,7 +35,8 @@ class Band:
 
 @dataclass(frozen=True)
 class LineChart:
-    """What to draw. `whole_x`: the x axis counts things (rounds, steps). `rules`: x of faint vertical lines."""
+    """What to draw. `whole_x`: the x axis counts things (rounds, steps). `rules`: x of faint vertical lines. `held`: x, whole numbers,
+    where bold lines have open dots and the axis a bar; `held_name` says why."""
 
     series: tuple[Series, ...]
     x_title: str
@@ -47,6 +48,8 @@ class LineChart:
     rules: tuple[float, ...] = ()
     x_scale: Scale | None = None
     annotate: bool = False
+    held: tuple[int, ...] = ()
+    held_name: str = ""
 
     def draw(self) -> Drawing:
         """The chart as marks; call `.svg(...)` on it."""
@@ -57,6 +60,7 @@ class LineChart:
         draw_axes(drawing, x, y, self.x_title, self.y_title + (", log scale" if y.log else ""))
         for rule in self.rules:
             drawing.line(x(rule), y.end_px, x(rule), y.start_px, "rule")
+        self._draw_held(drawing, x, y)
         for band in self.bands:
             if len(band.points) == 1:
                 at, low, high = band.points[0]
@@ -107,9 +111,24 @@ class LineChart:
             at, value = item.points[index]
             assert value is not None
             where = item.names[index] if item.names else f"{self.x_title} {number_text(at, 6)}"
-            drawing.circle(x(at), y(value), radius, f"dot {item.css}", f"{item.name}, {where}: {number_text(value, 4)}")
+            kind, why = ("open", f", {self.held_name}") if item.bold and at in self.held else ("dot", "")
+            drawing.circle(x(at), y(value), radius, f"{kind} {item.css}", f"{item.name}, {where}: {number_text(value, 4)}{why}")
             if self.annotate and item.names:
                 drawing.text(x(at) + 7, y(value) - 7, str(index), "t small")
+
+    def _draw_held(self, drawing: Drawing, x: Scale, y: Scale) -> None:
+        """Bars on the x axis, one for a stretch of neighbours."""
+        inside = [at for at in self.held if x.low <= at <= x.high]
+        stretches: list[list[int]] = []
+        for at in inside:
+            if stretches and at == stretches[-1][-1] + 1:
+                stretches[-1].append(at)
+            else:
+                stretches.append([at])
+        for stretch in stretches:
+            start, end = (max(x(stretch[0] - 0.3), x.start_px), min(x(stretch[-1] + 0.3), x.end_px))
+            name = f"{self.x_title} {stretch[0]}" + (f" to {stretch[-1]}" if len(stretch) > 1 else "")
+            drawing.rect(start, y.start_px - 2, end - start, 4, "held", f"{name}: {self.held_name}")
 
     def _draw_labels(self, drawing: Drawing, labels: Sequence[Series], x: Scale, y: Scale) -> None:
         ends = [_last(item) for item in labels]

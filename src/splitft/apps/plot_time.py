@@ -209,7 +209,7 @@ def _draw(record: RunRecord, item: Round, rows: Sequence[int], window: Window, n
     names = {client: shorten(record.client_name(client), NAME_CHARACTERS) for client in rows}
     left = max(text_px(name) for name in [*names.values(), "server"]) + 20
     remarks = notes and 1 < len(rows) <= 24
-    right = WIDE_PX - (150 if remarks else 20)
+    right = WIDE_PX - (20 if not remarks else 170 if any(part.status == "partial" for part in item.clients) else 150)
     lanes = _server_lanes(item.timeline, window)
     lane_px = max(7.0, height / max(len(lanes), 1))
     top = 18
@@ -269,13 +269,13 @@ def _server_lanes(timeline: Sequence[Stage], window: Window) -> list[list[Stage]
 def _remark(drawing: Drawing, item: Round, client: int, x: float, y: float) -> None:
     """Right of a row: how long this client waited for the slowest, or that it is the slowest."""
     found = next(row for row in item.clients if row.client == client)
-    idle, cut_short = idle_s(item, found), "cut short, " if found.status == "partial" else ""
+    idle, partial = idle_s(item, found), found.status == "partial"
     if found.status == "lost":
         drawing.text(x, y, "lost", "t lost strong")
     elif len(item.clients) > 1 and idle <= 1e-6 * item.duration_s:
-        drawing.text(x, y, "cut short" if cut_short else "last to finish", "t strong")
+        drawing.text(x, y, "cut short" if partial else "last to finish", "t strong")
     elif idle > 0:
-        drawing.text(x, y, f"{cut_short}waited {seconds_text(idle)}")
+        drawing.text(x, y, f"waited {seconds_text(idle)}{', partial' if partial else ''}")
 
 
 @dataclass(frozen=True)
@@ -367,7 +367,7 @@ def _draw_shares(record: RunRecord, seconds: dict[int, dict[str, float]], shown:
             if width >= SMALLEST_PX:
                 drawing.rect(x(before), y + 1.5, width, height - 3, f"bar g-{group}", label)
             if width > 44 and height >= 20:
-                ink = "t on halo" if group in WAITS else f"t on g-{group}-ink"
+                ink = "t on halo" if group in IDLE else f"t on g-{group}-ink"
                 drawing.text(x(before) + width / 2, y + height / 2 + 4, percent_text(share), ink, anchor="middle")
             before += share
         if height >= 14:

@@ -152,7 +152,7 @@ class Drawing:
 
 @dataclass(frozen=True)
 class Legend:
-    """One legend entry; `shape` is line, bold, band, box or dot, `css` the colour class."""
+    """One legend entry; `shape` is line, bold, band, box, open (dot) or a cell's mark (refused, partial, lost), `css` the colour class."""
 
     label: str
     css: str

@@ -30,10 +30,12 @@ def metrics_table(record: RunRecord) -> list[dict[str, Any]]:
     """One row per round, round 0 (before training) first when it was evaluated; None where nothing was measured.
 
     Columns: round, participants, train_loss, loss, perplexity, accuracy, tokens, bytes_up, bytes_down, one per direction and
-    kind (`up_activations_bytes`), virtual_s and wall_s of the round, virtual_end_s, learning_rate.
+    kind (`up_activations_bytes`), virtual_s and wall_s of the round, virtual_end_s, learning_rate, partial and lost (participants cut
+    short and lost), aggregated, and the figures of the aggregation rule under their own names (`metric_discarded_energy`).
     """
     rounds = {item.round: item for item in record.rounds}
     scores = {item.round: item.overall for item in record.evaluations}
+    metrics = sorted({name for item in record.rounds for name in item.metrics})
     rows: list[dict[str, Any]] = []
     for number in sorted(rounds.keys() | scores.keys()):
         item, score = rounds.get(number), scores.get(number)
@@ -47,6 +49,9 @@ def metrics_table(record: RunRecord) -> list[dict[str, Any]]:
             row |= {f"{way}_{kind}_bytes": item.traffic(way, kind) if item else 0.0 for kind in record.kinds}
         row |= {"virtual_s": item.duration_s if item else 0.0, "wall_s": item.wall_s if item else 0.0}
         row |= {"virtual_end_s": item.virtual_end_s if item else 0.0, "learning_rate": item.learning_rate if item else None}
+        row |= {state: item.states[state] if item else 0 for state in ("partial", "lost")}
+        row |= {"aggregated": item.aggregated if item else None}
+        row |= {f"metric_{name}": item.metrics.get(name) if item else None for name in metrics}
         rows.append(row)
     return rows
 
@@ -100,10 +105,18 @@ def _bytes_table(record: RunRecord) -> Table:
 def _time_table(record: RunRecord) -> Table:
     from rich.table import Table
 
-    table = Table(title="Time", title_justify="left", show_header=False)
+    table = Table(title="Rounds and time", title_justify="left", show_header=False)
     table.add_column("what")
     table.add_column("value", justify="right")
     table.add_row("rounds", plural(len(record.rounds), "round"))
+    held = sum(not item.aggregated for item in record.rounds)
+    if held:
+        table.add_row("of them not aggregated", f"{held}")
+    for state, words in (("partial", "parts cut short"), ("lost", "parts lost")):
+        if count := sum(item.states[state] for item in record.rounds):
+            table.add_row(words, f"{count}")
+    if record.warnings:
+        table.add_row("warnings, in the report", f"{len(record.warnings)}", style="yellow")
     table.add_row("virtual, on the simulated devices", seconds_text(record.virtual_s))
     table.add_row("wall, on this machine", seconds_text(record.wall_s))
     return table

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from splitft.apps.plot_aggregation import aggregation_figures
 from splitft.apps.plot_clients import client_figures
 from splitft.apps.plot_learning import learning_figures
 from splitft.apps.plot_time import time_figures
@@ -27,6 +28,8 @@ from splitft.apps.report_text import (
 )
 from splitft.toml import write_toml
 
+OPEN_WARNINGS = 5
+LISTED_WARNINGS = 100
 LEAKAGE_NOTE = "No leakage audit was made for this run: a cut reduces what is sent, it does not hide the text."
 _ARXIV = re.compile(r"\b(?:arXiv[:\s]\s*)?(\d{4}\.\d{4,5})\b", re.IGNORECASE)
 # A page that could not fetch or run anything even if some text slipped through unescaped.
@@ -36,7 +39,9 @@ _PATTERNS = (
     '<pattern id="hatch-queue" width="6" height="6" patternUnits="userSpaceOnUse" patternTransform="rotate(45)">'
     '<rect class="hatch-back" width="6" height="6"/><path class="hatch-queue-line" d="M1.5 0V6"/></pattern>'
     '<pattern id="hatch-barrier" width="7" height="7" patternUnits="userSpaceOnUse" patternTransform="rotate(-45)">'
-    '<rect class="hatch-back" width="7" height="7"/><path class="hatch-barrier-line" d="M1.5 0V7"/></pattern></defs></svg>'
+    '<rect class="hatch-back" width="7" height="7"/><path class="hatch-barrier-line" d="M1.5 0V7"/></pattern>'
+    '<pattern id="hatch-away" width="5" height="5" patternUnits="userSpaceOnUse">'
+    '<rect class="hatch-back" width="5" height="5"/><path class="hatch-away-line" d="M2.5 0V5"/></pattern></defs></svg>'
 )
 
 
@@ -44,11 +49,15 @@ def render_page(record: RunRecord) -> str:
     """The whole document; equal records give equal bytes."""
     sections = [
         ("learning", "Learning", learning_figures(record)),
+        ("aggregation", "Aggregation", aggregation_figures(record)),
         ("traffic", "Traffic", traffic_figures(record)),
         ("time", "Time", time_figures(record)),
         ("clients", "Clients", client_figures(record)),
     ]
-    body = [_PATTERNS, _header(record), f"<main>{_key_figures(record)}", f'<p class="note" role="note">{escape(LEAKAGE_NOTE)}</p>']
+    sections = [(key, title, figures) for key, title, figures in sections if figures or key != "aggregation"]
+    keys = [key for key, _, _ in sections]
+    notes = f'<p class="note" role="note">{escape(LEAKAGE_NOTE)}</p>{_warnings(record)}'
+    body = [_PATTERNS, _header(record, [*keys, "configuration"]), f"<main>{_key_figures(record)}", notes]
     for key, title, figures in sections:
         inner = "".join(_figure(figure) for figure in figures)
         table = client_table(record) if key == "clients" else ""
@@ -72,7 +81,21 @@ def _nothing(record: RunRecord) -> str:
     return "Nothing recorded." if record.status == "finished" else "Nothing recorded yet: no round has been finished."
 
 
-def _header(record: RunRecord) -> str:
+def _warnings(record: RunRecord) -> str:
+    """What the run noticed, in the order it did; a long list is folded."""
+    if not record.warnings:
+        return ""
+    items = [f"<li>Round {warning.round}: {escape(warning.text)}</li>" for warning in record.warnings[:LISTED_WARNINGS]]
+    shown, hidden = "".join(items[:OPEN_WARNINGS]), "".join(items[OPEN_WARNINGS:])
+    more = plural(len(record.warnings) - OPEN_WARNINGS, "more warning") if hidden else ""
+    fold = f"<details><summary>{more}</summary><ul>{hidden}</ul></details>" if hidden else ""
+    left = len(record.warnings) - len(items)
+    rest = f'<p class="say">{left:,} further in the journal.</p>' if left else ""
+    count = plural(len(record.warnings), "warning")
+    return f'<div class="note warnings" role="note"><strong>{count} during the run</strong><ul>{shown}</ul>{fold}{rest}</div>'
+
+
+def _header(record: RunRecord, keys: list[str]) -> str:
     started, model = record.started, record.started.model
     blocks = f"{model.blocks} blocks" if model.blocks else ""
     size = f"{count_text(model.parameters)} parameters" if model.parameters else ""
@@ -90,7 +113,7 @@ def _header(record: RunRecord) -> str:
     line = " \N{MIDDLE DOT} ".join(escape(fact) for fact in facts if fact)
     resumed = ", ".join(f"{item.round}" for item in record.resumed)
     again = f'<p class="facts">Resumed after round {escape(resumed)}.</p>' if resumed else ""
-    links = "".join(f'<a href="#{key}">{key.capitalize()}</a>' for key in ("learning", "traffic", "time", "clients", "configuration"))
+    links = "".join(f'<a href="#{key}">{key.capitalize()}</a>' for key in keys)
     pill = f'<span class="pill {record.status}">{record.status}</span>'
     name = escape(started.name or "run")
     return (
@@ -140,6 +163,10 @@ def _swatch(entry: Legend) -> str:
     shapes = {
         "line": f'<path class="line thin {entry.css}" d="M1 6H19"/>',
         "bold": f'<path class="line bold {entry.css}" d="M1.5 6H18.5"/>',
+        "open": f'<path class="line bold {entry.css}" d="M1.5 6H18.5"/><circle class="open {entry.css}" cx="10" cy="6" r="4"/>',
+        "refused": '<rect class="q3" x="3" width="14" height="12"/><path class="refused" d="M8 0H17V9Z"/>',
+        "partial": '<rect class="q3" x="3" width="14" height="12"/><rect class="partial" x="3" y="8.5" width="14" height="3.5"/>',
+        "lost": '<rect class="gap" x="3" width="14" height="12"/><path class="cross" d="M6.5 2.5L13.5 9.5M6.5 9.5L13.5 2.5"/>',
         "band": f'<rect class="{entry.css}" x="1" width="18" height="12"/>',
     }
     box = f'<rect class="flat {entry.css}" x="3" width="14" height="12" rx="2"/>'

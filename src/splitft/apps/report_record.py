@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -103,6 +104,12 @@ class Round(msgspec.Struct, frozen=True):
     @property
     def tokens(self) -> int:
         return sum(client.tokens for client in self.clients)
+
+    @property
+    def states(self) -> dict[str, int]:
+        """How many participants are done, partial and lost."""
+        counts = Counter(client.status for client in self.clients)
+        return {state: counts[state] for state in ("done", "partial", "lost")}
 
     @property
     def duration_s(self) -> float:

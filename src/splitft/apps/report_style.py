@@ -17,6 +17,7 @@ LIGHT: dict[str, str] = {
     "warn": "#9a5b00",
     "warn-back": "#fff6e3",
     "good": "#0b7a58",
+    "bad": "#b3261e",
     "c0": "#1a6fb0",
     "c1": "#b8500f",
     "c2": "#1fa58c",
@@ -57,6 +58,7 @@ DARK: dict[str, str] = {
     "warn": "#f0b95a",
     "warn-back": "#2a2213",
     "good": "#4fd0a5",
+    "bad": "#ff8f83",
     "c0": "#3b94ec",
     "c1": "#eb9a5e",
     "c2": "#35dcba",
@@ -88,7 +90,7 @@ DARK: dict[str, str] = {
 
 CLIENT_HUES = ("c0", "c1", "c2", "c3", "c4", "c5")
 STAGE_HUES = ("g-client", "g-up", "g-server", "g-down")
-_KINDS = {"activations": "c0", "gradients": "c1", "labels": "c4", "adapters": "c2", "control": "grey", "other": "c5"}
+_KINDS = {"activations": "c0", "gradients": "c1", "labels": "c4", "adapters": "c2", "weights": "c3", "control": "grey", "other": "c5"}
 
 _PAGE = """
 *{box-sizing:border-box}
@@ -112,7 +114,7 @@ nav{margin:14px 0 0;font-size:14px}
 nav a{margin-right:18px;text-decoration:none}
 nav a:hover{text-decoration:underline}
 .keys{display:grid;grid-template-columns:1.4fr 1.2fr repeat(4,1fr);gap:10px;margin:22px 0 14px;padding:0}
-.key{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:12px 14px 11px;min-width:0}
+.key{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:12px 14px 11px;min-width:min-content}
 .key dt{font-size:13px;color:var(--muted);margin-bottom:2px}
 .key dd{margin:0}
 .key .big{font-size:24px;font-weight:650;line-height:1.25;letter-spacing:-.02em;font-variant-numeric:tabular-nums;white-space:nowrap}
@@ -120,6 +122,8 @@ nav a:hover{text-decoration:underline}
 .key .big .from{color:var(--muted);font-weight:450}
 .key .sub{font-size:13px;color:var(--muted)}
 .note{border-left:4px solid var(--warn);background:var(--warn-back);border-radius:0 8px 8px 0;padding:10px 16px}
+.warnings{margin-top:10px}
+.warnings ul{margin:2px 0 0;padding-left:20px;overflow-wrap:anywhere}
 .figs{display:grid;grid-template-columns:repeat(2,minmax(0,1fr));gap:16px;align-items:stretch}
 .fig{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:16px 18px 10px;margin:0;
 min-width:0;display:flex;flex-direction:column}
@@ -151,7 +155,7 @@ white-space:pre-wrap;overflow-wrap:anywhere}
 .refs{margin:6px 0 0;padding-left:20px;overflow-wrap:anywhere}
 footer{margin-top:40px;color:var(--muted);font-size:13px}
 .hidden{position:absolute;width:0;height:0}
-@media screen and (max-width:1120px){.keys{grid-template-columns:repeat(auto-fit,minmax(170px,1fr))}}
+@media screen and (max-width:1120px){.keys{grid-template-columns:repeat(auto-fit,minmax(190px,1fr))}}
 @media screen and (max-width:820px){.figs{grid-template-columns:minmax(0,1fr)}.config pre{columns:1}
 .key:first-child{grid-column:1/-1}
 .plot svg{min-width:440px}.fig.wide .plot svg{min-width:820px}body{padding:22px 12px 40px}}
@@ -181,11 +185,21 @@ svg .t.name.strong{font-weight:700}
 .bar{stroke:var(--card);stroke-width:.8}
 .gap{fill:var(--gap);stroke:var(--card);stroke-width:.8}
 .absent{fill:none;stroke:var(--line);stroke-dasharray:2 3}
+.refused{fill:var(--c1);stroke:var(--card);stroke-width:1}
+.partial{fill:var(--c4);stroke:var(--card);stroke-width:1}
+.cross{fill:none;stroke:var(--bad);stroke-width:2;stroke-linecap:round}
+.cut-mark{fill:var(--ink);stroke:var(--card);stroke-width:.8}
+.merge{stroke:var(--ink);stroke-width:1.2;stroke-dasharray:3 3;opacity:.75}
+.open{fill:var(--card);stroke:var(--c);stroke-width:1.8;stroke-dasharray:none}
+.held{fill:var(--muted)}
+svg .t.lost{fill:var(--bad)}
 .bar.g-queue,.flat.g-queue{fill:url(#hatch-queue)}
 .bar.g-barrier,.flat.g-barrier{fill:url(#hatch-barrier)}
+.bar.g-away,.flat.g-away{fill:url(#hatch-away)}
 .hatch-back{fill:var(--wait-back)}
 .hatch-queue-line{stroke:var(--ink);stroke-width:1.3;opacity:.62}
 .hatch-barrier-line{stroke:var(--wait);stroke-width:1.3}
+.hatch-away-line{stroke:var(--bad);stroke-width:1.3;opacity:.6}
 svg .on{font-size:11.5px;font-weight:600}
 svg .halo{fill:var(--ink);paint-order:stroke;stroke:var(--card);stroke-width:5px;stroke-linejoin:round}
 .ramp{stroke:var(--axis);stroke-width:.5}

@@ -107,7 +107,10 @@ def _round_points(item: Round, names: dict[int, str], kinds: tuple[str, ...]) ->
         ("train/tokens", item.tokens),
         ("time/virtual_round_s", item.duration_s),
         ("time/wall_round_s", item.wall_s),
+        ("aggregation/aggregated", float(item.aggregated)),
     ]
+    points += [(f"aggregation/{clean(name).replace('/', '_')}", value) for name, value in item.metrics.items()]
+    points += [(f"clients/{state}", float(count)) for state, count in item.states.items()]
     for way in DIRECTIONS:
         points += [(f"bytes_{way}/{kind}", item.traffic(way, kind)) for kind in kinds]
         points.append((f"bytes_{way}/total", item.traffic(way)))
