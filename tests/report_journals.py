@@ -20,7 +20,7 @@ class Journal:
     """Knobs of a made-up run. `participation`: share of clients in a round; `busy`: write `busy_s`; `drawn_steps` of the time line.
 
     `adaptive`: cuts that move, are refused and oscillate, ranks that differ, clients cut short and lost, rounds not aggregated.
-    `buffer`: asynchronous, so many updates merged at a time. Without either a journal is as the first version wrote it.
+    Without it a journal is as the first version wrote it. `asynchronous_events` makes a run whose updates are merged as they arrive.
     """
 
     clients: int = 5
@@ -33,7 +33,6 @@ class Journal:
     names: tuple[str, ...] = ()
     seed: int = 0
     adaptive: bool = False
-    buffer: int = 0
 
     def name(self, client: int) -> str:
         return self.names[client] if client < len(self.names) else f"client-{client}"
@@ -101,7 +100,7 @@ class Journal:
         """The round with all that adaptation may add to it."""
         event = self.round_event(number, start_s)
         event |= {"aggregated": number % 4 != 2, "metrics": {"discarded_energy": 0.02 / number, "clip_limit": 1.5, "never": 0.0}}
-        for place, part in enumerate(event["clients"]):
+        for part in event["clients"]:
             client = part["client"]
             part |= {"cut": 1 + (client + number // 2) % 5, "status": self.state(client, number), "truncated": 0.001 * (client % 3)}
             part["predicted_s"] = sum(part["busy_s"].values()) / (1.0 + 0.1 * (client % 4))
@@ -113,14 +112,14 @@ class Journal:
                 part["steps"] = max(1, self.steps // 2)
             if part["status"] == "lost":
                 part["finish_s"] = start_s + 0.4 * (part["finish_s"] - start_s)
+                part["server_wait_s"] *= 0.4
+                part["busy_s"] = {kind: 0.4 * seconds for kind, seconds in part["busy_s"].items()}
                 part["barrier_wait_s"] = event["virtual_end_s"] - part["finish_s"]
                 event["timeline"] = [
                     [who, kind, max(begin, part["finish_s"]) if kind == "barrier_wait" else begin, end]
                     for who, kind, begin, end in event["timeline"]
                     if who != client or end <= part["finish_s"]
                 ] + [[client, "barrier_wait", part["finish_s"], event["virtual_end_s"]]]
-            if self.buffer and part["status"] != "lost":
-                part["staleness"] = (place + number) % 3
         return event
 
     def state(self, client: int, number: int) -> str:
@@ -147,7 +146,9 @@ class Journal:
             timeline += self._drawn(track)
             if finish < end_s:
                 timeline.append([client, "barrier_wait", finish, end_s])
-            clients.append(self._client(client, number, finish, wait, end_s - finish) | ({"busy_s": busy} if self.busy or self.adaptive else {}))
+            clients.append(
+                self._client(client, number, finish, wait, end_s - finish) | ({"busy_s": busy} if self.busy or self.adaptive else {})
+            )
         stream = numpy_stream(self.seed, "steps", number)
         losses = [
             2.5 + 1.3 * math.exp(-0.05 * ((number - 1) * self.steps + step)) + 0.06 * stream.standard_normal() for step in range(self.steps)
@@ -215,6 +216,30 @@ class Journal:
     def write(self, folder: Path) -> Path:
         """The journal in `folder`, which is returned."""
         return write_events(folder, self.events())
+
+
+def asynchronous_events() -> list[dict[str, Any]]:
+    """Three clients, two updates merged at a time. Client 2 is slow: it begins in round 1 and is merged in round 2, one version late;
+    client 0 is lost in round 2."""
+    base = Journal(clients=3, rounds=2, adaptive=True)
+    events = [base.start_event(), base.evaluation_event(0)]
+
+    def record(client: int, finish_s: float, busy_s: float, **more: Any) -> dict[str, Any]:
+        made = base._client(client, 1, finish_s, 0.0, 99.0)
+        return made | {"status": "done", "busy_s": {"front_forward": busy_s}, "predicted_s": busy_s / 2} | more
+
+    def bars(client: int, start_s: float, end_s: float, until_s: float) -> list[list[Any]]:
+        return [[client, "front_forward", start_s, end_s], [client, "barrier_wait", end_s, until_s]]
+
+    common = {"event": "round", "step_losses": [2.5, 2.4], "wall_s": 1.0, "learning_rate": 1e-3, "aggregated": True, "metrics": {}}
+    first = [record(0, 4.0, 4.0, staleness=0), record(1, 6.0, 6.0, staleness=0)]
+    second = [record(0, 7.0, 1.0, status="lost"), record(1, 12.0, 6.0, staleness=0), record(2, 9.0, 9.0, staleness=1)]
+    started = [*bars(0, 0.0, 4.0, 9.0), *bars(1, 0.0, 6.0, 9.0), *bars(2, 0.0, 9.0, 9.0)]
+    again = [*bars(0, 6.0, 7.0, 12.0), *bars(1, 6.0, 12.0, 12.0)]
+    times = ({"virtual_start_s": 0.0, "virtual_end_s": 6.0}, {"virtual_start_s": 6.0, "virtual_end_s": 12.0})
+    events.append(common | times[0] | {"round": 1, "clients": first, "timeline": started})
+    events.append(common | times[1] | {"round": 2, "clients": second, "timeline": again})
+    return [*events, base.evaluation_event(2)]
 
 
 def write_events(folder: Path, events: Sequence[dict[str, Any]]) -> Path:

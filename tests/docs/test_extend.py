@@ -16,6 +16,7 @@ from splitft import catalog
 from splitft.apps.session import FederatedRun
 from splitft.compress.base import HEADER_BYTES
 from splitft.config import override
+from splitft.engine.settings import same_start
 from splitft.engine.workers import WorkersExecutor
 from splitft.errors import ConfigError
 from splitft.transport.inproc import InProcess
@@ -27,7 +28,7 @@ from ..tiny_run import tiny_config
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "extend.md").read_text("utf-8")
 FILES = dict(re.findall(r"^`src/(splitft/[\w/]+)\.py`:\n\n```python\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL))
-ENTRIES = re.findall(r'^In `([A-Z]+)`: `"(\w+)": (\w+),`', PAGE, re.MULTILINE)
+ENTRIES = re.findall(r'^In `([A-Z_]+)`: `"(\w+)": (\w+),`', PAGE, re.MULTILINE)
 
 
 @pytest.fixture(scope="module")
@@ -57,8 +58,8 @@ def entered(modules: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_one_file_and_one_line_for_every_table_of_the_catalogue() -> None:
     tables = {table for table, _, _ in ENTRIES}
-    assert tables == {"CODECS", "POLICIES", "AGGREGATORS", "SOURCES", "PARTITIONS", "TRANSPORTS"}
-    assert len(ENTRIES) == len(FILES) == len(tables)
+    assert tables == {name for name, table in vars(catalog).items() if name.isupper() and isinstance(table, dict)} - {"CATALOG"}
+    assert len(ENTRIES) == len(FILES) == len(tables) + 1, "one of each, and an aggregator over another"
     assert all(not (ROOT / "src" / f"{path}.py").exists() for path in FILES), "an example has become part of the package: choose another"
 
 
@@ -96,6 +97,51 @@ def test_a_run_can_use_all_of_them(tmp_path: Path) -> None:
         FederatedRun(override(config, ["policy.first=99", "name=other"]))
 
 
+@pytest.mark.usefixtures("entered")
+def test_ranks_work_and_a_rule_over_another_in_one_run(tmp_path: Path) -> None:
+    config = tiny_config(
+        tmp_path,
+        clients={"profiles": ["phone", "laptop", "hospital-server"]},
+        lora={"rank": 4},
+        ranks={"name": "rising", "first": 2},
+        work={"name": "median"},
+        train={"local_steps": 4},
+        aggregator={"name": "damped", "share": 0.5, "rule": "product"},
+    )
+    change: dict[float, torch.Tensor] = {}
+    for share in (0.5, 1.0):
+        run = FederatedRun(override(config, [f"aggregator.share={share}", f"name=share-{share}"]))
+        start = run.state.adapters.clone()
+        try:
+            record = next(record for record in run.rounds() if record.training is not None)
+        finally:
+            run.close()
+        change[share] = run.state.adapters - start
+        assert record.training is not None
+        clients = record.training["clients"]
+        assert [client["ranks"][0] for client in clients] == [2, 2, 2]
+        assert [client["ranks"][-1] for client in clients] == [4, 4, 4]
+        assert clients[0]["steps"] < clients[1]["steps"] == clients[2]["steps"] == 4
+        assert "discarded_energy" in record.training["metrics"]
+    torch.testing.assert_close(2 * change[0.5], change[1.0], rtol=1e-4, atol=1e-6)
+    with pytest.raises(ConfigError, match="damped"):
+        FederatedRun(override(config, ["aggregator.rule=stack", "name=other"]))
+
+
+@pytest.mark.usefixtures("entered")
+def test_a_synchronisation_rule_decides_when_to_merge(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, rounds=5, synchronisation={"name": "periodic", "rounds": 2})
+    run = FederatedRun(config)
+    try:
+        rounds = [record.training for record in run.rounds() if record.training is not None]
+    finally:
+        run.close()
+    assert [event["aggregated"] for event in rounds] == [False, True, False, True, True], "the last round always merges"
+    assert [event["metrics"]["rounds_since_aggregation"] for event in rounds] == [1, 2, 1, 2, 1]
+    adapters_up = [event["clients"][0]["bytes"]["up"]["adapters"] for event in rounds]
+    assert [count > 0 for count in adapters_up] == [False, True, False, True, True]
+
+
 def test_the_codec_keeps_its_word(modules: dict[str, ModuleType]) -> None:
     codec = modules["splitft.compress.int8"].Int8()
     assert codec.number not in {one.number for one in catalog.CODECS.values()}
@@ -112,6 +158,6 @@ def test_the_transport_gives_the_numbers_of_the_one_in_the_package(modules: dict
     plan = RoundPlan(1, tuple(Plan(k, k + 1, 2, 3, u_shape) for k in range(3)))
     start = fed.layout.initial_row(1)
     transports = (InProcess(), modules["splitft.transport.one_by_one"].OneByOne())
-    first, second = (WorkersExecutor(fed, one).train(plan, 0, start, {}, lambda count: None) for one in transports)
+    first, second = (WorkersExecutor(fed, one).train(plan, 0, same_start(start), {}, lambda count: None) for one in transports)
     assert torch.equal(first.values, second.values)
     assert first.ledger.clients == second.ledger.clients

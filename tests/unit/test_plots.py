@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from xml.etree import ElementTree
 
 import pytest
@@ -128,6 +129,27 @@ def test_a_dense_line_has_no_markers_but_lone_points_keep_theirs() -> None:
     assert "<circle" not in chart(*dense)
     lone = (*dense, (300.0, None), (301.0, 3.0), (302.0, None), (303.0, 4.0), (304.0, 5.0))
     assert chart(*lone).count("<circle") == 1
+
+
+def held_chart(*held: int) -> str:
+    points = tuple((float(at), 2.0) for at in range(10))
+    series = (Series("global", points, "ink", bold=True), Series("client", points, "c0"))
+    return LineChart(series, "round", "loss", held=held, held_name="not aggregated").draw().svg("k", "t", "d")
+
+
+def test_held_rounds_are_open_on_the_bold_line_and_bars_on_the_axis() -> None:
+    svg = held_chart(0, 3, 4, 5, 9)
+    assert svg.count('class="open ink"') == 5
+    assert svg.count('class="dot ink"') == 5
+    assert svg.count('class="dot c0"') == 10
+    assert re.findall(r"<title>(round [\d to]+): not aggregated</title>", svg) == ["round 0", "round 3 to 5", "round 9"]
+    assert "open" not in held_chart()
+    assert held_chart(77) == held_chart()
+
+
+def test_marks_are_written_beside_their_points() -> None:
+    drawn = LineChart((Series("line", ((0, 1.0), (1, None), (5, 2.0)), "c0", marks=("0", "3", "6"), label=False),), "bytes", "loss").draw()
+    assert [mark.split(">")[1].split("<")[0] for mark in drawn.marks if "small" in mark] == ["0", "6"]
 
 
 def test_bands_of_many_clients() -> None:

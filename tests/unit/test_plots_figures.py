@@ -8,13 +8,16 @@ from pathlib import Path
 import pytest
 from report_journals import STAGES, Journal, write_events
 
-from splitft.apps.plot_clients import bucket_names, client_figures, cuts_figure, lengths_figure, shade
+from splitft.apps.plot_cells import shade
+from splitft.apps.plot_clients import bucket_names, client_figures, lengths_figure
+from splitft.apps.plot_cuts import cuts_figure
 from splitft.apps.plot_learning import learning_figures, perplexity_figure, round_loss_figure, step_loss_figure
 from splitft.apps.plot_stages import GROUPS, client_seconds, group_of
 from splitft.apps.plot_time import shares_figure, time_figures
 from splitft.apps.plot_traffic import cost_curve_figure, traffic_figure, traffic_figures
 from splitft.apps.plots import Figure
 from splitft.apps.report_record import RunRecord, load_record
+from splitft.clock import BLOCKS_DOWN, WHOLE_STEP
 
 
 def record_of(journal: Journal, folder: Path) -> RunRecord:
@@ -130,6 +133,9 @@ def test_every_stage_kind_has_a_group_and_new_ones_count_as_other() -> None:
         "adapters_down",
         "server_wait",
         "barrier_wait",
+        BLOCKS_DOWN,
+        WHOLE_STEP,
+        "away",
     )
     assert "other" not in {group_of(kind) for kind in kinds}
     assert group_of("teleport") == "other"
@@ -183,10 +189,11 @@ def test_moves_are_counted(tmp_path: Path) -> None:
     assert "; no cut moved." in present(cuts_figure(record_of(Journal(rounds=2), tmp_path / "b"))).note
 
 
-def test_beyond_forty_clients_cuts_are_counted(tmp_path: Path) -> None:
-    figure = present(cuts_figure(record_of(Journal(clients=44, rounds=2), tmp_path)))
+def test_beyond_sixty_clients_cuts_are_counted(tmp_path: Path) -> None:
+    figure = present(cuts_figure(record_of(Journal(clients=64, rounds=2), tmp_path)))
     assert "The number in a cell counts clients." in figure.note
-    assert "round 1, cut 1: 11 clients" in figure.svg
+    assert "round 1, cut 1: 16 clients" in figure.svg
+    assert "counts clients" not in present(cuts_figure(record_of(Journal(clients=60, rounds=2), tmp_path / "sixty"))).note
 
 
 def test_lengths_are_shares_of_each_client(tmp_path: Path) -> None:

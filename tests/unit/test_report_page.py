@@ -9,11 +9,11 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
-from report_journals import Journal, write_events
+from report_journals import Journal, asynchronous_events, write_events
 
 from splitft.apps.report import write_report
 from splitft.apps.report_page import LEAKAGE_NOTE, render_page
-from splitft.apps.report_record import load_record
+from splitft.apps.report_record import RunRecord, load_record
 from splitft.apps.report_tables import CELLS, client_rows, numbers_html
 from splitft.errors import CheckpointError
 
@@ -28,6 +28,11 @@ RUNS = {
     "partial participation": Journal(clients=9, rounds=8, participation=0.4),
     "all steps drawn": Journal(clients=3, rounds=2, steps=2, drawn_steps=9),
     "nothing drawn": Journal(clients=3, rounds=2, drawn_steps=0),
+    "adaptive": Journal(adaptive=True, rounds=8),
+    "adaptive, one client": Journal(adaptive=True, clients=1, rounds=3),
+    "adaptive, fifty clients": Journal(adaptive=True, clients=50, rounds=40, participation=0.6, drawn_steps=1),
+    "adaptive, a hundred clients": Journal(adaptive=True, clients=100, rounds=30, drawn_steps=0),
+    "adaptive, long": Journal(adaptive=True, clients=12, rounds=200, steps=2, drawn_steps=0),
     "many steps": Journal(clients=2, rounds=6, steps=200, drawn_steps=1),
 }
 EVIL = (
@@ -195,6 +200,76 @@ def test_the_client_table_ends_with_the_cohort(tmp_path: Path) -> None:
     columns, rows = client_rows(record)
     assert [row[0] for row in rows] == ["client-0", "client-1", "client-2", "global"]
     assert {len(row) for row in rows} == {len(columns)}
+    assert not {"refused", "predicted", "busy", "ratio", "missed"} & set(columns)
+
+
+def test_an_asynchronous_run_makes_a_sound_page(tmp_path: Path) -> None:
+    page = render_page(load_record(write_events(tmp_path, asynchronous_events())))
+    checked(page)
+    assert "Time line of rounds 1 to 2" in page
+    assert "Versions missed" in page
+    assert "no update of the client was merged" in page
+
+
+def column(record: RunRecord, name: str) -> list[str]:
+    columns, rows = client_rows(record)
+    return [row[columns.index(name)] for row in rows]
+
+
+def test_the_client_table_counts_what_became_of_each_round(tmp_path: Path) -> None:
+    journal = Journal(clients=4, rounds=11, adaptive=True)
+    record = load_record(journal.write(tmp_path))
+    told = [[int(part) for part in cell.split("/")] for cell in column(record, "done / partial / lost")]
+    for client in range(4):
+        states = [journal.state(client, number) for number in range(1, 12)]
+        assert told[client] == [states.count(state) for state in ("done", "partial", "lost")]
+    assert told[4] == [sum(row[place] for row in told[:4]) for place in range(3)]
+    assert sum(told[4]) == 44
+    refused = [int(cell) for cell in column(record, "refused")]
+    assert refused[4] == sum(refused[:4]) > 0
+
+
+def test_observed_seconds_are_held_against_the_prediction_of_rounds_that_came_through(tmp_path: Path) -> None:
+    record = load_record(Journal(clients=4, rounds=11, adaptive=True).write(tmp_path))
+    assert column(record, "ratio")[:4] == ["1.00", "1.10", "1.20", "1.30"]
+    events = Journal(clients=2, rounds=2, adaptive=True).events()
+    for event in events:
+        for part in event["clients"] if event["event"] == "round" else ():
+            part |= {"status": "lost"} if event["round"] == 2 else {"status": "done", "busy_s": {"back": 6.0}, "predicted_s": 4.0}
+    record = load_record(write_events(tmp_path / "lost", events))
+    assert [column(record, name)[0] for name in ("predicted", "busy", "ratio")] == ["4.00 s", "6.00 s", "1.50"]
+
+
+def test_a_client_that_was_never_predicted_has_dashes(tmp_path: Path) -> None:
+    events = Journal(clients=2, rounds=1, adaptive=True).events()
+    events[2]["clients"][1] |= {"predicted_s": 0.0, "status": "done"}
+    record = load_record(write_events(tmp_path, events))
+    assert column(record, "ratio")[1] == "\N{EM DASH}"
+
+
+def test_waiting_is_not_being_lost(tmp_path: Path) -> None:
+    record = load_record(write_events(tmp_path, asynchronous_events()))
+    # Client 0: 4 s busy and 2 s waiting for the merge, then 1 s busy and 5 s lost.
+    assert column(record, "waited")[:3] == ["17 %", "0 %", "25 %"]
+    assert column(record, "missed") == ["0", "0", "1.00", "0.333"]
+
+
+def test_warnings_are_listed_and_a_long_list_is_folded(tmp_path: Path) -> None:
+    page = page_of(Journal(adaptive=True, rounds=5), tmp_path / "few")
+    assert "2 warnings during the run" in page
+    assert "<li>Round 2: the cut of client 2 goes back and forth" in page
+    events = Journal(rounds=1).events()
+    events[2:2] = [{"event": "warning", "round": 1, "text": EVIL[0]} for _ in range(108)]
+    page = render_page(load_record(write_events(tmp_path / "many", events)))
+    assert "103 more warnings</summary>" in page
+    assert "8 further in the journal" in page
+    assert "script" not in checked(page).tags
+    assert "during the run" not in page_of(Journal(rounds=1), tmp_path / "none")
+
+
+def test_the_aggregation_section_is_there_when_it_has_something(tmp_path: Path) -> None:
+    assert 'href="#aggregation"' in page_of(Journal(adaptive=True), tmp_path / "a")
+    assert "aggregation" not in page_of(Journal(), tmp_path / "b")
 
 
 def test_a_huge_table_is_cut_and_says_so() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from report_journals import Journal, write_events
+from report_journals import Journal, asynchronous_events, write_events
 
 from splitft.apps.report_record import finite, load_record, read_journal
 from splitft.errors import CheckpointError
@@ -145,6 +145,33 @@ def test_missing_and_infinite_perplexities_are_gaps(tmp_path: Path) -> None:
     assert [value is None for _, value in record.perplexities()] == [False, False, True]
     assert record.before_after(0)[1] is None
     assert record.before_after()[1] == pytest.approx(evaluations[1]["global"]["perplexity"])
+
+
+def test_a_first_version_journal_reads_as_done_and_aggregated(tmp_path: Path) -> None:
+    record = load_record(Journal(rounds=2).write(tmp_path))
+    assert all(item.aggregated and item.metrics == {} for item in record.rounds)
+    assert {(part.status, part.refused_cut, part.ranks, part.staleness) for item in record.rounds for part in item.clients} == {
+        ("done", None, (), None)
+    }
+    assert record.warnings == ()
+    assert not record.asynchronous
+
+
+def test_states_count_every_participant(tmp_path: Path) -> None:
+    journal = Journal(clients=11, rounds=3, adaptive=True)
+    for item in load_record(journal.write(tmp_path)).rounds:
+        assert item.states == {"done": 9, "partial": 1, "lost": 1}
+
+
+def test_a_resume_drops_the_warnings_of_rounds_it_repeats(tmp_path: Path) -> None:
+    events = Journal(rounds=6, adaptive=True).events()[:-1]
+    assert [one.round for one in load_record(write_events(tmp_path / "whole", events)).warnings] == [2, 5]
+    events.append({"event": "resumed", "round": 4, "utc": ""})
+    assert [one.round for one in load_record(write_events(tmp_path / "resumed", events)).warnings] == [2]
+
+
+def test_staleness_makes_a_run_asynchronous(tmp_path: Path) -> None:
+    assert load_record(write_events(tmp_path, asynchronous_events())).asynchronous
 
 
 def test_names_fall_back_to_numbers(tmp_path: Path) -> None:

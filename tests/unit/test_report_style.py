@@ -13,6 +13,7 @@ from report_journals import Journal
 from splitft.apps.report_page import render_page
 from splitft.apps.report_record import load_record
 from splitft.apps.report_style import CLIENT_HUES, DARK, LIGHT, STAGE_HUES, style_sheet
+from splitft.types import KINDS
 
 # Severity 1.0 matrices of Machado, Oliveira and Fernandes 2009, on linear RGB.
 VISIONS = {
@@ -75,12 +76,24 @@ def test_marks_and_text_stand_out(colours: dict[str, str]) -> None:
         ("accent", "card"),
         ("good", "page"),
         ("warn", "page"),
+        ("bad", "card"),
     ):
         assert _contrast(colours[name], colours[back]) >= 4.5, (name, back)
     for hue in STAGE_HUES:
         assert _contrast(colours[f"on-{hue[2:]}"], colours[hue]) >= 4.2, hue
     for step in range(7):
         assert _contrast(colours["on-low" if step < 4 else "on-high"], colours[f"q{step}"]) >= 4.5, step
+
+
+def test_every_kind_of_bytes_has_its_own_colour() -> None:
+    colours = dict(re.findall(r"\.k-([a-z]+)\{--c:var\(--([a-z0-9]+)\)\}", style_sheet()))
+    assert set(KINDS) <= colours.keys()
+    assert len(set(colours.values())) == len(colours)
+
+
+def test_a_cross_is_seen_on_its_cell() -> None:
+    for colours in (LIGHT, DARK):
+        assert _contrast(colours["bad"], colours["gap"]) >= 3.0
 
 
 def test_both_modes_define_the_same_names_and_every_name_used_is_defined() -> None:
@@ -97,7 +110,14 @@ def test_the_ramp_gets_darker_on_paper_and_lighter_on_a_dark_screen() -> None:
 
 def test_every_class_a_plot_uses_has_a_rule(tmp_path: Path) -> None:
     defined = set(re.findall(r"\.([a-z][\w-]*)", style_sheet()))
-    for number, journal in enumerate((Journal(), Journal(clients=40, rounds=3), Journal(clients=50, rounds=2))):
+    journals = (
+        Journal(),
+        Journal(clients=40, rounds=3),
+        Journal(clients=50, rounds=2),
+        Journal(rounds=11, adaptive=True),
+        Journal(clients=70, rounds=80, adaptive=True, drawn_steps=0),
+    )
+    for number, journal in enumerate(journals):
         page = render_page(load_record(journal.write(tmp_path / str(number))))
         for svg in re.findall(r"<svg.*?</svg>", page, re.DOTALL):
             used = {name for classes in re.findall(r'class="([^"]*)"', svg) for name in classes.split()}

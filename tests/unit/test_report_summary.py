@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -30,6 +31,14 @@ def test_one_row_per_round_with_the_same_columns(tmp_path: Path) -> None:
     assert rows[3]["perplexity"] == record.before_after()[1]
 
 
+def test_rows_say_who_fell_out_and_what_the_rule_reported(tmp_path: Path) -> None:
+    rows = metrics_table(load_record(Journal(clients=11, rounds=3, adaptive=True).write(tmp_path)))
+    assert [(row["partial"], row["lost"], row["aggregated"]) for row in rows] == [(0, 0, None), (1, 1, True), (1, 1, False), (1, 1, True)]
+    assert [row["metric_discarded_energy"] for row in rows] == [None, 0.02, 0.01, 0.02 / 3]
+    assert rows[1]["down_weights_bytes"] > 0
+    assert len({tuple(row) for row in rows}) == 1
+
+
 def test_a_round_without_evaluation_has_no_loss(tmp_path: Path) -> None:
     events = [event for event in Journal(rounds=2).events() if not (event["event"] == "evaluation" and event["round"] == 1)]
     rows = metrics_table(load_record(write_events(tmp_path, events)))
@@ -50,6 +59,15 @@ def test_the_summary_names_clients_bytes_and_times(tmp_path: Path) -> None:
     text = printed(Journal(rounds=2), tmp_path)
     for expected in ("client-4", "global", "activations", "per trained token", "2 rounds", "virtual", "wall"):
         assert expected in text
+
+
+def test_the_summary_counts_losses_and_warnings_where_there_were_any(tmp_path: Path) -> None:
+    adapted = printed(Journal(clients=11, rounds=3, adaptive=True), tmp_path / "adapted")
+    counts = dict(re.findall(r"(not aggregated|cut short|lost|warnings, in the report)\s+│\s+(\d+)", adapted))
+    assert counts == {"not aggregated": "1", "cut short": "3", "lost": "3", "warnings, in the report": "1"}
+    assert "weights" in adapted
+    plain = printed(Journal(rounds=1), tmp_path / "plain")
+    assert not any(word in plain for word in ("lost", "cut short", "warnings", "aggregated"))
 
 
 def test_the_summary_cannot_be_styled_from_the_journal(tmp_path: Path) -> None:
@@ -87,6 +105,14 @@ def test_scalars_are_finite_and_in_time_order(tmp_path: Path) -> None:
     assert steps == list(range(2, 31))
     assert [point.step for point in points if point.tag == "held_out/perplexity"] == [0, 2, 3]
     assert points[0].moment_s == 1775035800.0
+
+
+def test_scalars_hold_the_rules_own_figures(tmp_path: Path) -> None:
+    points = list(scalars(load_record(Journal(clients=11, rounds=3, adaptive=True).write(tmp_path))))
+    found = {tag: [point.value for point in points if point.tag == tag] for tag in {point.tag for point in points}}
+    assert found["aggregation/discarded_energy"] == pytest.approx([0.02, 0.01, 0.02 / 3])
+    assert found["aggregation/aggregated"] == [1.0, 0.0, 1.0]
+    assert found["clients/lost"] == [1.0, 1.0, 1.0]
 
 
 def test_a_start_without_a_moment_counts_from_zero(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ class SplitFT(Quality, Policy):
     decision and unit of standing (start 6, gamma 0.1, standing 1: 0.6 blocks a decision); 0 never moves. `averaging`, `dead_band`,
     `noise_nats`, `cool_down`, `decide_every`: smoothing of the standing, the standing below which nothing changes, the spread between
     clients below which differences are noise, rounds of rest after a move, rounds between decisions. Decisions need
-    evaluated rounds (`evaluate.every`) with two clients or more. Cuts stay within split.minimum_cut, split.maximum_cut and half of
+    evaluated rounds (`evaluate.every_rounds`) with two clients or more. Cuts stay within split.minimum_cut, split.maximum_cut and half of
     a device's memory.
 
     Prefer it to reproduce the paper. With a set of server adapters per client a cut is mere placement: this rule then costs time and

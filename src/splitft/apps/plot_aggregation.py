@@ -53,14 +53,14 @@ PANELS = (
         "truncation",
         "What truncation lost",
         "% of the adapter's energy",
-        "Squared norm of the exact mean that did not fit: the server's ranks after a merge, the ranks of the client that lost most.",
-        (("server, after the merge", metric("discarded_energy", 100)), ("clients, the most", _truncated)),
+        "Share of the squared norm that found no room: of the exact mean in the server's ranks, and of the server's adapter in a client's.",
+        (("server", metric("discarded_energy", 100)), ("client that lost most", _truncated)),
     ),
     Panel(
         "drift",
         "Drift of the clients",
         "variance of the changes",
-        "The clients' changes since the last synchronisation, relative to what it takes to synchronise.",
+        "How far the clients' changes since the last synchronisation lie apart; above the threshold they are averaged.",
         (("drift", metric("drift_variance")), ("threshold", metric("drift_threshold"))),
     ),
     Panel(
@@ -100,8 +100,9 @@ def _figure(record: RunRecord, panel: Panel, wide: bool) -> Figure:
     for place, (name, values) in enumerate(columns):
         points: tuple[Point, ...] = tuple((float(item.round), value) for item, value in zip(record.rounds, values, strict=True))
         series.append(Series(name, points, client_css(place), label=False))
-    last = [f"{name} {number_text(known[-1])}" for name, values in columns if (known := finite(values))]
-    note = f"{panel.note} In the last round that has it: {', '.join(last)}.".strip()
+    last = [(name, number_text(known[-1])) for name, values in columns if (known := finite(values))]
+    told = ", ".join(f"{name} {value}" for name, value in last) if len(last) > 1 else last[0][1]
+    note = f"{panel.note} At last: {told}.".strip()
     chart = LineChart(tuple(series), "round", panel.unit, width=WIDE_PX if wide else HALF_PX, height=HEIGHT_PX)
     rows = tuple((str(item.round), *(number_text(values[place], 4) for _, values in columns)) for place, item in enumerate(record.rounds))
     legend = tuple(Legend(line.name, line.css, "line") for line in series) if len(series) > 1 else ()

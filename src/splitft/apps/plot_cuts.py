@@ -123,7 +123,8 @@ def _draw_cell(
     drawing.rect(x, y, width, height, "gap" if lost else f"q{step}", f"{name}: cut {part.cut}{detail}{state}", 2)
     # A long stretch has its number and its cross where its first cell would have them.
     room = min(width, max(cell, 16) - 1.5)
-    if width >= (NUMBERED_PX if lost else 14.5):
+    crowded = part.status == "partial" and height < 18
+    if width >= (NUMBERED_PX if lost else 14.5) and not crowded:
         shift = -7 if lost else 0
         middle = x + max(room, NUMBERED_PX - 2 if lost else 0) / 2
         drawing.text(middle + shift, y + height / 2 + 4, str(part.cut), "t" if lost else f"t on q{step}-ink", anchor="middle")
@@ -146,6 +147,10 @@ def _cross(drawing: Drawing, x: float, y: float, radius: float, width: float) ->
     drawing.line(x - radius, y + radius, x + radius, y - radius, "cross")
 
 
+def _mark_rows_px(rows: int) -> int:
+    return 20 * rows + 8 if rows else 0
+
+
 def _distribution(taken: Taken, rounds: Sequence[int], width: int) -> Drawing:
     counts = Counter((part.cut, at) for (_, at), part in taken.items())
     marks = Counter((mark, at) for (_, at), part in taken.items() for mark in marks_of(part))
@@ -154,7 +159,7 @@ def _distribution(taken: Taken, rounds: Sequence[int], width: int) -> Drawing:
     left, top, height = 60, 26, 24 if high - low < 16 else 12
     cell = min((width - left - 16) / len(rounds), 72)
     bottom = top + height * (high - low + 1)
-    drawing = Drawing(width, bottom + 46 + 20 * len(shown))
+    drawing = Drawing(width, bottom + 46 + _mark_rows_px(len(shown)))
     drawing.text(8, 14, "cut, blocks held by the client", "t title")
     most = max(counts.values())
     for cut in range(low, high + 1):
@@ -179,5 +184,5 @@ def _distribution(taken: Taken, rounds: Sequence[int], width: int) -> Drawing:
                     drawing.text(left + (index + 0.5) * cell, y + 14, str(number), "t strong", anchor="middle", title=name)
                 else:
                     drawing.rect(left + index * cell + 0.5, y + 4, cell - 1, 12, f"{'gap' if mark == 'lost' else mark}", name)
-    number_axis(drawing, rounds, left, cell, bottom + 20 * len(shown), "round")
+    number_axis(drawing, rounds, left, cell, bottom + _mark_rows_px(len(shown)), "round")
     return drawing

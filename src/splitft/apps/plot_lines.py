@@ -14,7 +14,8 @@ MARKER_GAP_PX = 18
 
 @dataclass(frozen=True)
 class Series:
-    """A line. A point without a value interrupts it; the gap is bridged with dots. `css`: colour class; `label`: at its right end."""
+    """A line. A point without a value interrupts it; the gap is bridged with dots. `css`: colour class; `label`: at its right end;
+    `names`: of the points, shown on hover; `marks`: written beside them."""
 
     name: str
     points: tuple[Point, ...]
@@ -23,6 +24,7 @@ class Series:
     label: bool = True
     markers: bool = True
     names: tuple[str, ...] = ()
+    marks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,6 @@ class LineChart:
     whole_x: bool = True
     rules: tuple[float, ...] = ()
     x_scale: Scale | None = None
-    annotate: bool = False
     held: tuple[int, ...] = ()
     held_name: str = ""
 
@@ -113,8 +114,8 @@ class LineChart:
             where = item.names[index] if item.names else f"{self.x_title} {number_text(at, 6)}"
             kind, why = ("open", f", {self.held_name}") if item.bold and at in self.held else ("dot", "")
             drawing.circle(x(at), y(value), radius, f"{kind} {item.css}", f"{item.name}, {where}: {number_text(value, 4)}{why}")
-            if self.annotate and item.names:
-                drawing.text(x(at) + 7, y(value) - 7, str(index), "t small")
+            if item.marks:
+                drawing.text(x(at) + 7, y(value) - 7, item.marks[index], "t small")
 
     def _draw_held(self, drawing: Drawing, x: Scale, y: Scale) -> None:
         """Bars on the x axis, one for a stretch of neighbours."""

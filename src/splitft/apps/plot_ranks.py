@@ -54,7 +54,7 @@ def _note(parts: Sequence[ClientRound], cells: Mapping[int, list[tuple[int, ...]
     told = [rank for part in parts for rank in part.ranks]
     sentences = [f"Adapter ranks from {min(told)} to {max(told)}."]
     if whole:
-        sentences.append("The black mark is the cut: the blocks to its left are on the client.")
+        sentences.append("The upright bar is the cut: the blocks to its left are on the client.")
     if any(len(set(ranks)) > 1 for row in cells.values() for ranks in row):
         sentences.append("A range: the block's modules differ, its colour is their mean.")
     if len(parts) > GRID_ROWS:
@@ -93,6 +93,6 @@ def _grid(
             if cell >= 8 + 7 * len(text):
                 drawing.text(x + cell / 2, y + height / 2 + 4, text, f"t on q{step}-ink", anchor="middle")
         if whole and 0 < part.cut < columns:
-            drawing.rect(left + part.cut * cell - 1.5, y, 3, height, "cut-mark", f"{name}: cut {part.cut}")
+            drawing.rect(left + part.cut * cell - 2.5, y, 5, height, "cut-mark", f"{name}: cut {part.cut}")
     number_axis(drawing, list(range(columns)), left, cell, bottom, "block" if whole else "adapter, by block, then by module")
     return drawing

@@ -147,6 +147,7 @@ th:first-child,td:first-child{text-align:left}
 td.left,th.left{text-align:left}
 tr:last-child td{border-bottom:0}
 tr.sum td{font-weight:650}
+#client-table th{white-space:normal;vertical-align:bottom;line-height:1.25;max-width:84px}
 .card{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:16px 18px;min-width:0}
 pre{margin:8px 0 0;font:12.5px/1.5 ui-monospace,"SF Mono",Menlo,Consolas,"DejaVu Sans Mono",monospace;
 white-space:pre-wrap;overflow-wrap:anywhere}
@@ -188,7 +189,7 @@ svg .t.name.strong{font-weight:700}
 .refused{fill:var(--c1);stroke:var(--card);stroke-width:1}
 .partial{fill:var(--c4);stroke:var(--card);stroke-width:1}
 .cross{fill:none;stroke:var(--bad);stroke-width:2;stroke-linecap:round}
-.cut-mark{fill:var(--ink);stroke:var(--card);stroke-width:.8}
+.cut-mark{fill:var(--c1);stroke:var(--card);stroke-width:1}
 .merge{stroke:var(--ink);stroke-width:1.2;stroke-dasharray:3 3;opacity:.75}
 .open{fill:var(--card);stroke:var(--c);stroke-width:1.8;stroke-dasharray:none}
 .held{fill:var(--muted)}
