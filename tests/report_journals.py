@@ -193,7 +193,8 @@ class Journal:
         up = {"activations": tokens * 384, "gradients": 0, "labels": tokens * 4, "adapters": cut * 52_000, "control": 1400}
         loss = 2.5 + 0.2 * math.sin(client) + math.exp(-0.5 * number)
         return {
-            "client": client, "cut": cut, "rank": 8, "steps": self.steps, "tokens": tokens, "loss_first": loss + 0.1, "loss_mean": loss,
+            "client": client, "cut": cut, "rank": 8, "steps": self.steps, "tokens": tokens, "targets": tokens,
+            "loss_first": loss + 0.1, "loss_mean": loss,
             "loss_last": loss - 0.1, "finish_s": finish_s, "server_wait_s": server_wait_s, "barrier_wait_s": barrier_wait_s,
             "bytes": {"up": up, "down": down},
         }  # fmt: skip

@@ -322,3 +322,20 @@ def test_drop_outs_follow_the_seed_alone(tmp_path: Path) -> None:
         lost.append([[one["status"] for one in event["clients"]] for event in status])
     assert lost[0] == lost[1] != lost[2]
     assert numpy_stream(1, "a", 1).random() == numpy_stream(1, "a", 1).random()
+
+
+def test_who_is_lost_uploads_no_adapters(tmp_path: Path) -> None:
+    folder = train(configured(tmp_path, rounds=6, clients={"count": 4, "dropout": 0.4}))
+    every = [one for event in events(folder, "round") for one in event["clients"]]
+    assert {one["status"] for one in every} == {"done", "lost"}
+    assert all((one["bytes"]["up"]["adapters"] > 0) == (one["status"] == "done") for one in every)
+
+
+def test_asynchronous_times_are_the_clients_own(tmp_path: Path) -> None:
+    clients = {"count": 4, "profiles": ["desktop", "desktop", "desktop", "phone"], "buffer": 2}
+    folder = train(configured(tmp_path, clients=clients))
+    for event in events(folder, "round"):
+        for one in event["clients"]:
+            whole = sum(one["busy_s"].values()) + one["server_wait_s"]
+            assert one["finish_s"] - one["start_s"] == pytest.approx(whole)
+            assert one["finish_s"] + one["barrier_wait_s"] == pytest.approx(event["virtual_end_s"])

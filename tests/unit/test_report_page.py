@@ -251,7 +251,7 @@ def test_waiting_is_not_being_lost(tmp_path: Path) -> None:
     record = load_record(write_events(tmp_path, asynchronous_events()))
     # Client 0: 4 s busy and 2 s waiting for the merge, then 1 s busy and 5 s lost.
     assert column(record, "waited")[:3] == ["17 %", "0 %", "25 %"]
-    assert column(record, "missed") == ["0", "0", "1.00", "0.333"]
+    assert column(record, "missed") == ["0", "0", "1.00", "0.250"]
 
 
 def test_warnings_are_listed_and_a_long_list_is_folded(tmp_path: Path) -> None:

@@ -258,6 +258,7 @@ def rules_of(config: RunConfig, layout: Layout) -> Rules:
             config.clients.deadline_s,
             config.clients.quorum,
             config.clients.late == "partial",
+            config.split.server,
         ),
         fetch_blocks=config.clients.fetch_blocks,
         buffer=config.clients.buffer,

@@ -30,6 +30,10 @@ def clashes_of(config: RunConfig, built: Components) -> Iterator[str]:
         for wanted, text in ((asynchronous, "clients.buffer"), (drift, "synchronisation"), (server == "unaveraged", "split.server")):
             if wanted:
                 yield f'aggregator "{name}" changes the frozen weights of everyone at once, which {text} does not allow'
+    if server in ("shared", "sequential"):
+        for wanted, text in ((config.network.shared_link, "network.shared_link"), (config.network.pipeline, "network.pipeline")):
+            if wanted:
+                yield f'{text} is not modelled where clients wait for each other: split.server is "{server}"'
     if asynchronous and drift:
         yield "clients.buffer and a synchronisation rule both decide when to merge: choose one"
     if rule.segments > 1 and (asynchronous or drift):

@@ -48,13 +48,13 @@ class Display:
         )
         self.task = self.progress.add_task("starting", total=None)
         self.round = 0
-        self.done = self.done_before = 0
-        self.per_round: deque[int] = deque(maxlen=RECENT_ROUNDS)
+        self.done = self.done_before = self.expected = 0
+        self.per_round: deque[int] = deque(maxlen=RECENT_ROUNDS + 1)
 
     def expect(self, per_round: int, done_rounds: int) -> None:
         """Start the bar after `done_rounds`, with the steps a round is likely to have."""
         self.done = self.done_before = per_round * done_rounds
-        self.round = done_rounds
+        self.round, self.expected = done_rounds, per_round
         self._estimate(per_round)
 
     def _estimate(self, per_round: float) -> None:
@@ -67,10 +67,10 @@ class Display:
         self.progress.update(self.task, completed=self.done, total=None if total is None else max(total, self.done))
 
     def _learn(self) -> None:
-        """The round's steps, and what they say of those to come. A first round is not typical where later ones begin fewer clients."""
+        """The round's steps, and what they say of those to come. The oldest does not count: the first begins every client."""
         self.per_round.append(self.done - self.done_before)
         self.done_before = self.done
-        recent = list(self.per_round)[1:] or self.per_round
+        recent = list(self.per_round)[1:] or [self.expected]
         self._estimate(sum(recent) / len(recent))
 
     def warn(self, text: str) -> None:

@@ -51,6 +51,8 @@ def asynchronous_round(run: Run, index: int) -> Trained:
     first = sorted(waiting, key=lambda client: (waiting[client].finish_s, client))[: run.rules.buffer]
     taken = {client: waiting.pop(client) for client in sorted(first)}
     end_s = max([state.virtual_s, *(one.finish_s for one in taken.values())] if taken else [attended.timing.end_s])
+    for one in taken.values():
+        one.record["barrier_wait_s"] = max(0.0, end_s - one.finish_s)
     result = _arrived(run, index, taken, began.result.states)
     records = sorted([*(one.record for one in taken.values()), *lost], key=lambda one: int(one["client"]))
     return Trained(prepared, replace(attended, lost=frozenset()), result, {}, records, waiting, (state.virtual_s, end_s))
@@ -65,7 +67,7 @@ def _start(run: Run, index: int, began: Trained, waiting: dict[int, Pending]) ->
     for client, count in prepared.fetched_bytes.items():
         result.ledger.add(client, "down", "weights", count)
     began = replace(began, result=result, truncated=starting.truncated)
-    records = client_records(began)
+    records = [{**record, "start_s": attended.timing.start_s} for record in client_records(began)]
     for row, one in enumerate(result.plans):
         if one.client not in attended.lost:
             change = result.values[row] - starting(one)

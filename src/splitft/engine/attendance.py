@@ -13,8 +13,9 @@ from dataclasses import dataclass, replace
 from splitft.adapt.cost import CostModel
 from splitft.adapt.fleets import Device, available, lost_after, slowed
 from splitft.adapt.schedule import schedule
-from splitft.clock import ClientSchedule, RoundTiming, simulate_round
+from splitft.clock import ClientSchedule, Network, RoundTiming, simulate_round
 from splitft.errors import ResourceError
+from splitft.lockstep import simulate_in_turn, simulate_together
 from splitft.rng import numpy_stream
 from splitft.types import Plan, Profile
 
@@ -24,7 +25,8 @@ ATTEMPTS = 1000
 @dataclass(frozen=True)
 class Attendance:
     """How long a round waits: `deadline_s` 0 is for ever, `quorum` the share of updates a round needs before its deadline may end it,
-    `partial` whether a straggler's finished steps count."""
+    `partial` whether a straggler's finished steps count. `server` is the mode of its adapters: one set for all makes clients wait for
+    each other."""
 
     seed: int
     participation: float
@@ -32,6 +34,7 @@ class Attendance:
     deadline_s: float
     quorum: float
     partial: bool
+    server: str = "per_client"
 
 
 @dataclass(frozen=True)
@@ -119,7 +122,7 @@ def attend(
     def played() -> tuple[RoundTiming, dict[int, float]]:
         made = [_schedule(one, profiles[one.client], costs, traffic, micro, steps[one.client], one.client in lost) for one in plans]
         whole = {one.client: _schedule(one, devices[one.client].profile, costs, traffic, micro, steps[one.client], False) for one in plans}
-        timing = simulate_round(made, start_s, timeline_steps=2, network=costs[0].network)
+        timing = _timed(made, index, rules, costs[0].network, start_s)
         return timing, {client: item.alone_s() for client, item in whole.items()}
 
     timing, predicted_s = played()
@@ -132,8 +135,22 @@ def attend(
                 if done == 0 or not rules.partial:
                     lost.add(one.client)
         timing, predicted_s = played()
-    shortened = tuple(replace(one, local_steps=steps[one.client]) for one in plans)
+    # Who vanishes takes its adapters along: nothing of them is sent.
+    shortened = tuple(replace(one, local_steps=steps[one.client], upload=one.upload and one.client not in lost) for one in plans)
     return Attended(shortened, frozenset(lost), timing, predicted_s)
+
+
+def turn_order(seed: int, index: int, clients: Sequence[int]) -> list[int]:
+    """In which order clients take turns in round `index`, where they train one after the other."""
+    return [clients[position] for position in numpy_stream(seed, "sequence", index).permutation(len(clients)).tolist()]
+
+
+def _timed(made: Sequence[ClientSchedule], index: int, rules: Attendance, network: Network, start_s: float) -> RoundTiming:
+    if rules.server == "shared":
+        return simulate_together(made, start_s, network.server_slots, timeline_steps=2)
+    if rules.server == "sequential":
+        return simulate_in_turn(made, turn_order(rules.seed, index, [one.client for one in made]), start_s, timeline_steps=2)
+    return simulate_round(made, start_s, timeline_steps=2, network=network)
 
 
 def _schedule(

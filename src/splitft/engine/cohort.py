@@ -10,11 +10,11 @@ from collections.abc import Sequence
 
 import torch
 
+from splitft.engine.attendance import turn_order
 from splitft.engine.cohort_round import Cohort
 from splitft.engine.exchange import Ownership
 from splitft.engine.ledger import Ledger
 from splitft.engine.settings import SHARED_SERVER, ClientState, Federation, OnStep, RoundResult, Starts
-from splitft.rng import numpy_stream
 from splitft.types import Plan, RoundPlan
 
 CPU_COHORT_TOKENS = 8192
@@ -49,11 +49,11 @@ class CohortExecutor:
         self, plan: RoundPlan, first_step: int, starts: Starts, states: dict[int, ClientState], on_step: OnStep
     ) -> RoundResult:
         """SplitFed V2: the server's one set of adapters goes from client to client, in an order drawn for the round."""
-        order = numpy_stream(self.federation.settings.seed, "sequence", plan.round).permutation(len(plan.plans))
+        by_client = {one.client: one for one in plan.plans}
         parts: list[RoundResult] = []
         before: Cohort | None = None
-        for position in order.tolist():
-            cohort = self._cohort([plan.plans[position]], plan, first_step, starts, states)
+        for client in turn_order(self.federation.settings.seed, plan.round, list(by_client)):
+            cohort = self._cohort([by_client[client]], plan, first_step, starts, states)
             if before is not None:
                 cohort.take_over(before)
             parts.append(cohort.train(on_step))
