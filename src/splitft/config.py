@@ -173,10 +173,11 @@ class SplitSection(Section):
     labels: Literal["server", "client"] = Field(
         "server", description='Who holds the labels and computes the loss; "client" is the U-shape (final norm and LM head on the client).'
     )
-    server: Literal["per_client", "shared", "sequential", "unaveraged"] = Field(
+    server: Literal["per_client", "shared", "alternating", "sequential", "unaveraged"] = Field(
         "per_client",
-        description='The server\'s adapters: one set per client ("per_client"), one set stepped with all batches together ("shared") or '
-        'client after client ("sequential"); "unaveraged": one set per client, averaged, while the clients\' own never are.',
+        description="Whose adapters the server's blocks have. \"per_client\": each client's own. One set for all, stepped with all batches "
+        'together ("shared"), after every batch, clients in turn ("alternating"), or client after client ("sequential"). '
+        "\"unaveraged\": each client's own, averaged, while the clients' own parts never are.",
     )
     minimum_cut: Count = Field(1, description="Fewest blocks any policy leaves on a client: a shallow cut is easier to read back.")
     maximum_cut: CountOrZero = Field(0, description="Most blocks any policy puts on a client; 0: all.")

@@ -105,6 +105,7 @@ def test_whole_needs_the_exit_on_the_client(tmp_path: Path) -> None:
 
 MODES: dict[str, dict[str, Any]] = {
     "shared": {"split": {"server": "shared"}},
+    "alternating": {"split": {"server": "alternating"}, "train": {"gradient_accumulation": 2}, "work": {"name": "balanced"}},
     "sequential": {"split": {"server": "sequential"}},
     "unaveraged": {"split": {"server": "unaveraged"}},
     "product-budget": {"aggregator": {"name": "product"}, "ranks": {"name": "splitft", "rank_at_cut": 1}},

@@ -124,13 +124,35 @@ def test_sequential_takes_the_servers_set_from_client_to_client() -> None:
         close(result.values[client], joined(start, shared, front), start)
 
 
-@pytest.mark.parametrize("server", ["shared", "sequential"])
+@pytest.mark.parametrize("cuts", [[2, 2, 2], [1, 3, 2]])
+def test_alternating_steps_the_servers_set_after_every_batch(cuts: list[int]) -> None:
+    fed = federation(server="alternating")
+    start, chosen, model = fed.layout.initial_row(1), plans(cuts), peft_model(fed, "gpt2")
+    result = trained(fed, chosen, start)
+    fronts = [Row(fed, start, columns(fed, plan)[0]) for plan in chosen]
+    shared = Row(fed, start, torch.arange(columns(fed, plans([min(cuts)])[0])[1][0].item(), fed.layout.parameters))
+    orders = []
+    for step, rate in enumerate(rates(fed, 3)):
+        orders.append(numpy_stream(fed.settings.seed, "turns", 1, step).permutation(3).tolist())
+        for client in orders[-1]:
+            found = gradient(fed, model, joined(joined(start, shared), fronts[client]), client, step)
+            squared = float(found.double().square().sum())
+            served = torch.zeros(fed.layout.parameters)
+            served[columns(fed, chosen[client])[1]] = found[columns(fed, chosen[client])[1]]
+            fronts[client].step(found, rate, squared)
+            shared.step(served, rate, squared)
+    assert len({tuple(order) for order in orders}) > 1
+    for k, front in enumerate(fronts):
+        close(result.values[k], joined(joined(start, shared), front), start)
+
+
+@pytest.mark.parametrize("server", ["shared", "alternating", "sequential"])
 def test_with_one_client_every_server_mode_is_the_same_training(server: str) -> None:
     alone, common = federation(clients=1), federation(clients=1, server=server)
     start = alone.layout.initial_row(1)
     expected = trained(alone, plans([2]), start)
     found = trained(common, plans([2]), start)
-    if server == "sequential":
+    if server != "shared":
         torch.testing.assert_close(found.values, expected.values, rtol=1e-5, atol=1e-6)
     assert found.ledger.clients == expected.ledger.clients
     torch.testing.assert_close(torch.tensor(found.step_losses)[:, 0], torch.tensor(expected.step_losses)[:, 0])

@@ -43,5 +43,5 @@ def clashes_of(config: RunConfig, built: Components) -> Iterator[str]:
     if config.engine.name == "workers":
         if rule.folds:
             yield f'aggregator "{name}" changes the frozen weights, which only engine.name = "cohort" does so far'
-        if server in ("shared", "sequential"):
+        if server in ("shared", "alternating", "sequential"):
             yield f'split.server = "{server}" runs only with engine.name = "cohort" so far'

@@ -35,7 +35,7 @@ class CohortExecutor:
         server = self.federation.settings.server
         if server == "sequential":
             return self._one_after_another(plan, first_step, starts, states, on_step)
-        if server == "shared":
+        if server in ("shared", "alternating"):
             return self._cohort(plan.plans, plan, first_step, starts, states).train(on_step)
         # Clients with the same number of steps together: towards the end of a cohort few would be left in its passes.
         ordered = sorted(plan.plans, key=lambda one: -one.local_steps)

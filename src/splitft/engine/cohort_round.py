@@ -21,6 +21,7 @@ from splitft.lora import AdapterBank
 from splitft.loss import Targets, training_loss
 from splitft.messages import FRAME_BYTES, STEP_BYTES, RoundAccepted, Type, round_frame
 from splitft.optimizer import clip_factor
+from splitft.rng import numpy_stream
 from splitft.split import Route
 from splitft.types import Plan
 from splitft.wire import Stream, Wire, cross
@@ -80,24 +81,36 @@ class Cohort:
         tokens, targets = [0] * count, [0] * count
         for step in range(max(plan.local_steps for plan in self.plans)):
             active = [k for k, plan in enumerate(self.plans) if plan.local_steps > step]
-            self.bank.zero_gradients()
-            for start in range(0, len(active), self.size):
-                chosen = active[start : start + self.size]
-                batches = self._batches(chosen, step)
-                normaliser = torch.stack([batch.targets for batch in batches]).sum(0)
-                require_targets(normaliser, [self.federation.clients[self.plans[k].client] for k in chosen])
-                sums = torch.zeros(len(chosen), dtype=torch.float64)
-                for batch in batches:
-                    sums += self._pass(chosen, batch, normaliser)
-                    for k, seen in zip(chosen, batch.tokens, strict=True):
-                        tokens[k] += seen
-                for k, trained, loss_sum in zip(chosen, normaliser.tolist(), sums.tolist(), strict=True):
-                    targets[k] += trained
-                    self.loss_sums[k] += loss_sum
-                    losses[k].append(loss_sum / trained)
-            self._optimize(active, self.first_step + step)
-            on_step(len(active))
+            for company in self._companies(active, step):
+                self.bank.zero_gradients()
+                for start in range(0, len(company), self.size):
+                    chosen = company[start : start + self.size]
+                    seen, trained, sums = self._accumulate(chosen, step)
+                    for j, k in enumerate(chosen):
+                        tokens[k], targets[k] = tokens[k] + seen[j], targets[k] + trained[j]
+                        self.loss_sums[k] += sums[j]
+                        losses[k].append(sums[j] / trained[j])
+                self._optimize(company, self.first_step + step)
+                on_step(len(company))
         return self._send(losses, tokens, targets, settings.gradient_accumulation)
+
+    def _companies(self, active: list[int], step: int) -> list[list[int]]:
+        """Who takes an optimizer step together: all, or, where the server steps after every batch, one after the other in a drawn order."""
+        if self.federation.settings.server != "alternating":
+            return [active]
+        turns = numpy_stream(self.federation.settings.seed, "turns", self.round, step).permutation(len(active))
+        return [[active[position]] for position in turns.tolist()]
+
+    def _accumulate(self, chosen: list[int], step: int) -> tuple[list[int], list[int], list[float]]:
+        """Gradients of one optimizer step of the chosen sessions, all micro-batches; their tokens, targets and summed nll."""
+        batches = self._batches(chosen, step)
+        normaliser = torch.stack([batch.targets for batch in batches]).sum(0)
+        require_targets(normaliser, [self.federation.clients[self.plans[k].client] for k in chosen])
+        sums, seen = torch.zeros(len(chosen), dtype=torch.float64), [0] * len(chosen)
+        for batch in batches:
+            sums += self._pass(chosen, batch, normaliser)
+            seen = [a + b for a, b in zip(seen, batch.tokens, strict=True)]
+        return seen, normaliser.tolist(), sums.tolist()
 
     def _batches(self, chosen: list[int], step: int) -> list[Batch]:
         """The micro-batches of one optimizer step of the chosen sessions."""
@@ -197,7 +210,7 @@ class Cohort:
             bank.gradients[-1] /= len(active)  # the server's batch is all clients' together: the mean of their losses
         squared = bank.squared_norms()
         if settings.clip_norm > 0:
-            bank.scale_gradients(clip_factor(self._clipped_together(squared), settings.clip_norm))
+            bank.scale_gradients(clip_factor(self._clipped_together(squared, active), settings.clip_norm))
         if len(active) == len(self.plans):
             settings.optimizer.step(bank.values, bank.gradients, self.moments, rate, bank.trained)
             self.squared = squared[: len(self.plans)]
@@ -210,10 +223,10 @@ class Cohort:
         self.moments.first[rows], self.moments.second[rows], self.moments.steps[rows] = moments.first, moments.second, moments.steps
         self.squared[active] = squared[active]
 
-    def _clipped_together(self, squared: Tensor) -> Tensor:
+    def _clipped_together(self, squared: Tensor, active: list[int]) -> Tensor:
         """The squared norms that clipping goes by [rows]. One client with the server's one set: the norm over both; several clients: each
         set by its own, for a step of the server's belongs to no single client."""
-        return squared.sum().expand_as(squared) if self.shared and len(self.plans) == 1 else squared
+        return squared.sum().expand_as(squared) if self.shared and len(active) == 1 else squared
 
     def _receive(self, starts: Starts) -> None:
         """Every client's start; its own blocks' part arrives as a message, unless it goes on from what it has."""

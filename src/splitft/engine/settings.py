@@ -32,7 +32,8 @@ class TrainSettings:
     """How every client trains. `clip_norm` 0 is off; `keep_moments` carries AdamW's moments of a client from round to round.
 
     `server`: whose adapters the server's blocks have: one set per client ("per_client", and "unaveraged", where the clients' own parts
-    are never averaged), or one set for all, stepped with all batches together ("shared") or client after client ("sequential").
+    are never averaged), or one set for all, stepped with all batches together ("shared"), after every single batch, clients in turn
+    ("alternating"), or client after client ("sequential").
     """
 
     batch_size: int
@@ -50,7 +51,7 @@ class TrainSettings:
     @property
     def one_server_set(self) -> bool:
         """Whether all clients train the same adapters on the server."""
-        return self.server in ("shared", "sequential")
+        return self.server in ("shared", "alternating", "sequential")
 
 
 @dataclass
