@@ -138,3 +138,22 @@ def test_bounds_of_memory_and_configuration() -> None:
 def test_bad_fields_are_named(field: str, value: object) -> None:
     with pytest.raises(ConfigError, match=rf"policy\.{field} is {value!r}"):
         Combined(**{field: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("slack", [0.0, 0.25, 5.0])
+def test_the_shallowest_plan_is_as_shallow_as_the_slack_allows(slack: float) -> None:
+    costs = models(slots=1)
+    fastest: Any = Search().init(SHAPE, FLEET, costs)["cuts"]
+    cuts: Any = Combined(slack=slack, prefer="shallowest").init(SHAPE, FLEET, costs)["cuts"]
+    limit_s = (1 + slack) * round_seconds(costs, FLEET, fastest) * (1 + 1e-6)
+    assert all(cut <= quick for cut, quick in zip(cuts, fastest, strict=True))
+    assert round_seconds(costs, FLEET, cuts) <= limit_s
+    lower = [min(cut, max(cuts) - 1) for cut in fastest]
+    assert max(cuts) == 1 or round_seconds(costs, FLEET, lower) > limit_s
+    if slack == 5.0:
+        assert max(cuts) < max(fastest), "the fleet leaves nothing to choose: the test proves nothing"
+
+
+def test_an_unknown_preference_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"policy\.prefer is 'deep'"):
+        Combined(prefer="deep")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from splitft.adapt.balance import Table, Window, tables, windows
-from splitft.adapt.base import Policy, State, check_number
+from splitft.adapt.base import Policy, State, check_choice, check_number
 from splitft.adapt.cost import CostModel
 from splitft.adapt.measured import Measured, one_block, planning
 from splitft.adapt.quality import Quality, moved
@@ -28,6 +28,11 @@ class Combined(Measured, Quality, Policy):
     at a time. After the company or a device has changed, cuts come back to the fastest plan by a block a round; a client's first
     round has no such limit.
 
+    `prefer`: "fastest" begins at the fastest plan. "shallowest" begins at that plan with its deep cuts capped, as low as the round stays
+    within (1 + `slack`) times the fastest: with one set of server adapters for all (split.server "shared", "alternating",
+    "sequential") every block on the server is trained on everybody's batches, one on a client is averaged once a round, so
+    shallow cuts learn faster there. The cap is one number for all, so that finding it costs a play per block.
+
     `evaluations` as in `search`; `smoothing`, `tolerance`, `every_rounds` as in `resource`; `gamma`, `averaging`, `dead_band`,
     `noise_nats`, `cool_down`, `decide_every` as in `splitft`. Bounds are split.minimum_cut, split.maximum_cut and half of a device's
     memory.
@@ -39,6 +44,7 @@ class Combined(Measured, Quality, Policy):
 
     slack: float = 0.1
     evaluations: int = 200
+    prefer: str = "fastest"
 
     references: ClassVar[tuple[str, ...]] = ("2604.26388", "2403.13101")
 
@@ -47,6 +53,7 @@ class Combined(Measured, Quality, Policy):
         Quality.__post_init__(self)
         check_number("slack", self.slack, 0.0)
         check_number("evaluations", self.evaluations, 1, whole=True)
+        check_choice("prefer", self.prefer, ("fastest", "shallowest"))
 
     def init(self, shape: ModelShape, profiles: Sequence[Profile], costs: Sequence[CostModel]) -> State:
         fleet, everyone = Fleet(tuple(costs), tuple(profiles)), range(len(profiles))
@@ -93,6 +100,8 @@ class Combined(Measured, Quality, Policy):
         measure = Measure(fleet.slower(planned["slowness"]), self.evaluations)
         best = best_plan(measure, clients, in_use)
         best_s = measure.seconds(best) if best else 0.0
+        if self.prefer == "shallowest":
+            best = _capped(measure, clients, best, (1.0 + self.slack) * best_s)
         # Only what each client alone can bear; what all of them ask of the server is played in every round.
         bounds = windows(clients, (1.0 + self.slack) * best_s, math.inf)
         return {**planned, "best": list(best), "best_s": best_s, "bounds": [list(bound) for bound in bounds]}
@@ -129,6 +138,19 @@ class Combined(Measured, Quality, Policy):
             middle = (too_few + enough) // 2
             too_few, enough = (too_few, middle) if holds(middle) else (middle, enough)
         return without(enough)
+
+
+def _capped(measure: Measure, clients: Sequence[Table], best: Cuts, limit_s: float) -> Cuts:
+    """The plan with all cuts above some depth brought down to it: the lowest depth at which the round still takes at most `limit_s`."""
+    found = best
+    for depth in range(max(best, default=0) - 1, 0, -1):
+        tried = tuple(min(cut, table.clip(depth)) for cut, table in zip(best, clients, strict=True))
+        if tried == found:
+            continue
+        if measure.seconds(tried) > limit_s:
+            break
+        found = tried
+    return found
 
 
 def _by_cost(clients: Sequence[Table], before: Sequence[int], after: Sequence[int]) -> list[int]:
