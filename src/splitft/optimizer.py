@@ -53,10 +53,14 @@ class AdamW:
     epsilon: float = 1e-8
     weight_decay: float = 0.0
 
-    def step(self, values: Tensor, gradients: Tensor, moments: Moments, rate: float, trained: Tensor | None = None) -> None:
-        """One step in place on values [n p] with gradients [n p]; only columns where `trained` [p] is 1 decay (None: all)."""
+    def step(self, values: Tensor, gradients: Tensor, moments: Moments, rate: float | Tensor, trained: Tensor | None = None) -> None:
+        """One step in place on values [n p] with gradients [n p]; `rate` is one number or one per row [n] (float64). Only columns where
+        `trained` [p] is 1 decay (None: all)."""
         moments.steps += 1
-        values.mul_(1.0 - rate * self.weight_decay if trained is None else 1.0 - rate * self.weight_decay * trained)
+        shrink = rate * self.weight_decay
+        if isinstance(shrink, Tensor):
+            shrink = shrink.to(values.dtype).to(values.device)[:, None]
+        values.mul_(1.0 - shrink if trained is None else 1.0 - shrink * trained)
         moments.first.lerp_(gradients, 1.0 - self.beta1)
         moments.second.mul_(self.beta2).addcmul_(gradients, gradients, value=1.0 - self.beta2)
         steps = moments.steps.to(torch.float64)

@@ -114,10 +114,12 @@ class Plan:
 
 @dataclass(frozen=True)
 class RoundPlan:
-    """The plans of all participants of one round, in client order."""
+    """The plans of all participants of one round, in client order. `turns`: clients in the order in which their optimizer steps pass the
+    server, each once a step (empty: where it matters, a drawn order)."""
 
     round: int
     plans: tuple[Plan, ...]
+    turns: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

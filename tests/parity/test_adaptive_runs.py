@@ -110,8 +110,8 @@ MODES: dict[str, dict[str, Any]] = {
     "unaveraged": {"split": {"server": "unaveraged"}},
     "product-budget": {"aggregator": {"name": "product"}, "ranks": {"name": "splitft", "rank_at_cut": 1}},
     "importance": {"aggregator": {"name": "product"}, "ranks": {"name": "importance", "share": 0.6}},
-    "stack": {"aggregator": {"name": "stack"}},
-    "residual": {"aggregator": {"name": "residual"}},
+    "stack": {"aggregator": {"name": "stack"}, "train": {"moments": "reset"}},
+    "residual": {"aggregator": {"name": "residual"}, "train": {"moments": "reset"}},
     "freeze-a": {"aggregator": {"name": "freeze_a"}, "train": {"weight_decay": 0.1}},
     "fed-adam-over-product": {"aggregator": {"name": "fed_adam", "rule": "product"}},
     "segments": {"aggregator": {"name": "segments", "count": 2}},
@@ -190,7 +190,7 @@ def test_what_was_folded_into_the_base_comes_out_as_a_stock_adapter(tmp_path: Pa
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    config = configured(tmp_path, aggregator={"name": rule}, tokens={"block_tokens": 16})
+    config = configured(tmp_path, aggregator={"name": rule}, tokens={"block_tokens": 16}, train={"moments": "reset"})
     run = FederatedRun(config)
     list(run.rounds())
     folder = run.finish()
@@ -242,7 +242,7 @@ def test_a_client_refuses_a_cut_it_cannot_hold(tmp_path: Path) -> None:
     folder = train(configured(tmp_path, name="refusing", policy={"name": "fixed", "cuts": [3]}, clients=clients))
     first = events(folder, "round")[0]["clients"]
     assert (first[0]["cut"], first[0]["refused_cut"], first[1]["cut"]) == (2, 3, 3)
-    with pytest.raises(ResourceError, match=r"client 0 cannot hold any cut: cut 1 needs \d+ bytes, 'tiny' has 1000"):
+    with pytest.raises(ResourceError, match=r"client 0 cannot hold any cut that is allowed: cut 1 needs \d+ bytes, 'tiny' has 1000"):
         train(configured(tmp_path, name="no", policy={"name": "fixed", "cuts": [3]}, clients={**clients, "profiles": ["tiny", "laptop"]}))
 
 

@@ -66,17 +66,23 @@ class Aggregator(ABC):
     """A rule as a value: `init` gives its state, `merge` takes and returns it. Independent of the order of participants.
 
     `unequal_ranks`: clients may train at different ranks. `folds`: the rule changes the frozen weights.
-    `partial_uploads`: it understands `Updates.sent`.
+    `partial_uploads`: it understands `Updates.sent`. `resets`: every merge leaves fresh adapters that clients can make themselves.
     """
 
     references: ClassVar[tuple[str, ...]] = ()
     unequal_ranks: ClassVar[bool] = False
     folds: ClassVar[bool] = False
     partial_uploads: ClassVar[bool] = False
+    resets: ClassVar[bool] = False
 
     @property
     def segments(self) -> int:
         """Into how many segments an upload is divided; a client uploads one of them a round, in turn."""
+        return 1
+
+    @property
+    def least_participants(self) -> int:
+        """The fewest updates with trained tokens that this rule can work with."""
         return 1
 
     def init(self, layout: Layout) -> State:

@@ -35,6 +35,7 @@ class Stack(Aggregator):
     references: ClassVar[tuple[str, ...]] = ("2409.05976", "2505.02795")
     unequal_ranks: ClassVar[bool] = True
     folds: ClassVar[bool] = True
+    resets: ClassVar[bool] = True
 
     def init(self, layout: Layout) -> State:
         return {MERGES: torch.zeros(1, dtype=torch.int64)}

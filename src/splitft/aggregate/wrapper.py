@@ -32,7 +32,7 @@ class Wrapper(Aggregator):
                 f"aggregator.rule is {self.rule!r}; allowed is an aggregation rule.",
                 'Write rule = "average", or a table with a name and that rule\'s fields.',
             )
-        for name in ("unequal_ranks", "folds", "partial_uploads"):  # facts of a class in the seam, of an instance here
+        for name in ("unequal_ranks", "folds", "partial_uploads", "resets"):  # facts of a class in the seam, of an instance here
             object.__setattr__(self, name, getattr(self.rule, name))
 
     @property
@@ -42,7 +42,7 @@ class Wrapper(Aggregator):
     @property
     def least_participants(self) -> int:
         """The smallest cohort that this rule and those inside it can work with."""
-        return least_participants(self.rule)
+        return self.rule.least_participants
 
     def init(self, layout: Layout) -> State:
         return self.joined({}, self.rule.init(layout))
@@ -80,7 +80,7 @@ def require_count(name: str, value: object, least: int, remedy: str) -> None:
 
 def least_participants(rule: Aggregator) -> int:
     """The smallest cohort a rule can work with."""
-    return rule.least_participants if isinstance(rule, Wrapper) else 1
+    return rule.least_participants
 
 
 def require_enough(name: str, rule: Aggregator, handed: int) -> None:

@@ -184,6 +184,11 @@ def assemble(config: RunConfig, on_stage: OnStage = lambda name: None) -> Assemb
     components = build_components(config)
     on_stage("check the model")
     base = load_base(config)
+    if components.aggregator.folds and base.dtype != torch.float32:
+        raise ConfigError(
+            f'aggregator "{config.aggregator.name}" adds small changes to the frozen weights, which {base.dtype} would round away.',
+            'set model.dtype = "float32".',
+        )
     on_stage("read the data")
     data = federate(
         components.source.documents(),
@@ -205,6 +210,11 @@ def assemble(config: RunConfig, on_stage: OnStage = lambda name: None) -> Assemb
     trained = components.aggregator.trained(layout)
     federation = Federation(split, layout, data.clients, orders, settings, shape.vocabulary, base.device, start, trained)
     devices, server = fleet_of(config, len(data.clients))
+    if not components.synchronisation.always and any(one.availability < 1 or one.dropout > 0 for one in devices):
+        raise ConfigError(
+            f'synchronisation "{config.synchronisation.name}" would drop the work of clients that are missing at an aggregation.',
+            "choose a fleet without drop-outs in which everyone is available.",
+        )
     costs = tuple(cost_model(config, shape, server, components, layout, base, math.ceil(one.train.lengths.mean())) for one in data.clients)
     executor: Executor = (
         CohortExecutor(federation, config.engine.cohort_size)
@@ -241,6 +251,7 @@ def train_settings(config: RunConfig, components: Components) -> TrainSettings:
         adapter_codec=Identity(),
         seed=config.seed,
         server=config.split.server,
+        round_steps=train.local_steps,
     )
 
 

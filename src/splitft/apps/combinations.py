@@ -12,36 +12,94 @@ if TYPE_CHECKING:
 
 def clashes_of(config: RunConfig, built: Components) -> Iterator[str]:
     """One line for every contradiction between the chosen methods."""
-    rule, name, server = built.aggregator, config.aggregator.name, config.split.server
-    asynchronous, drift = config.clients.buffer > 0, not built.synchronisation.always
-    if not built.ranks.uniform:
-        if not rule.unequal_ranks:
-            yield f'ranks "{config.ranks.name}" makes unequal ranks, which aggregator "{name}" cannot merge; "product" can'
-        for wanted, text in ((asynchronous, "clients.buffer"), (drift, "synchronisation"), (server == "unaveraged", "split.server")):
-            if wanted:
-                yield f'{text} needs adapters that keep their factors from round to round: set ranks = "uniform"'
-    if server == "unaveraged" and not rule.partial_uploads:
-        yield f'split.server = "unaveraged" sends only the server\'s part, which aggregator "{name}" cannot merge; "average" can'
+    yield from _of_ranks(config, built)
+    yield from _of_server(config, built)
+    yield from _of_folding(config, built)
+    yield from _of_merging(config, built)
+    if config.policy.name == "splitft" and config.tokens.held_out == 0:
+        yield 'policy "splitft" goes by the clients\' held-out text: set tokens.held_out above 0'
+
+
+def moves(config: RunConfig) -> bool:
+    """Whether the policy may move cuts."""
+    return config.policy.name not in ("fixed", "whole")
+
+
+def asynchronous(config: RunConfig) -> bool:
+    return config.clients.buffer > 0
+
+
+def _of_ranks(config: RunConfig, built: Components) -> Iterator[str]:
+    if built.ranks.uniform:
+        return
+    if not built.aggregator.unequal_ranks:
+        yield (f'ranks "{config.ranks.name}" makes unequal ranks, which aggregator "{config.aggregator.name}" cannot merge; "product" can')
+    wanted = {
+        "clients.buffer": asynchronous(config),
+        "synchronisation": not built.synchronisation.always,
+        'split.server = "unaveraged"': config.split.server == "unaveraged",
+    }
+    for text in (text for text, is_set in wanted.items() if is_set):
+        yield f'{text} needs adapters that keep their factors from round to round: set ranks = "uniform"'
+
+
+def _of_server(config: RunConfig, built: Components) -> Iterator[str]:
+    server, name, one_set = config.split.server, config.aggregator.name, config.split.server in ("shared", "alternating", "sequential")
+    if server == "unaveraged":
+        if not built.aggregator.partial_uploads:
+            yield f'split.server = "unaveraged" sends only the server\'s part, which aggregator "{name}" cannot merge; "average" can'
+        if moves(config):
+            yield f'split.server = "unaveraged" gives every client blocks of its own for good: policy "{config.policy.name}" moves them'
     if server != "per_client":
-        for wanted, text in ((asynchronous, "clients.buffer"), (drift, f'synchronisation "{config.synchronisation.name}"')):
-            if wanted:
+        for is_set, text in (
+            (asynchronous(config), "clients.buffer"),
+            (not built.synchronisation.always, f'synchronisation "{config.synchronisation.name}"'),
+        ):
+            if is_set:
                 yield f'{text} needs split.server = "per_client": with "{server}" no session could go on by itself'
-    if rule.folds:
-        for wanted, text in ((asynchronous, "clients.buffer"), (drift, "synchronisation"), (server == "unaveraged", "split.server")):
-            if wanted:
-                yield f'aggregator "{name}" changes the frozen weights of everyone at once, which {text} does not allow'
-    if server in ("shared", "sequential"):
-        for wanted, text in ((config.network.shared_link, "network.shared_link"), (config.network.pipeline, "network.pipeline")):
-            if wanted:
-                yield f'{text} is not modelled where clients wait for each other: split.server is "{server}"'
-    if asynchronous and drift:
-        yield "clients.buffer and a synchronisation rule both decide when to merge: choose one"
-    if rule.segments > 1 and (asynchronous or drift):
-        yield f'aggregator "{name}" uploads segments in turn, which needs a merge in every round'
-    if drift and config.clients.participation < 1.0:
-        yield f'synchronisation "{config.synchronisation.name}" lets clients go on by themselves: set clients.participation = 1.0'
-    if config.engine.name == "workers":
-        if rule.folds:
-            yield f'aggregator "{name}" changes the frozen weights, which only engine.name = "cohort" does so far'
-        if server in ("shared", "alternating", "sequential"):
+    if one_set:
+        for is_set, text in ((config.network.shared_link, "network.shared_link"), (config.network.pipeline, "network.pipeline")):
+            if is_set:
+                yield f'{text} is not modelled where clients share the server\'s adapters: split.server is "{server}"'
+        if config.train.moments == "keep" and moves(config):
+            yield f'train.moments = "keep" needs cuts that stay: with split.server = "{server}" a moved block has no moments of its own'
+        if config.engine.name == "workers":
             yield f'split.server = "{server}" runs only with engine.name = "cohort" so far'
+
+
+def _of_folding(config: RunConfig, built: Components) -> Iterator[str]:
+    if not built.aggregator.folds:
+        return
+    name = config.aggregator.name
+    wanted = {
+        "clients.buffer": asynchronous(config),
+        "synchronisation": not built.synchronisation.always,
+        "split.server": config.split.server == "unaveraged",
+    }
+    for text in (text for text, is_set in wanted.items() if is_set):
+        yield f'aggregator "{name}" changes the frozen weights of everyone at once, which {text} does not allow'
+    if config.train.moments == "keep":
+        yield f'aggregator "{name}" begins every round with other adapters: train.moments = "keep" would carry moments of the old ones'
+    if config.engine.name == "workers":
+        yield f'aggregator "{name}" changes the frozen weights, which only engine.name = "cohort" does so far'
+
+
+def _of_merging(config: RunConfig, built: Components) -> Iterator[str]:
+    drift, clients, name = not built.synchronisation.always, config.clients, config.aggregator.name
+    if asynchronous(config) and drift:
+        yield "clients.buffer and a synchronisation rule both decide when to merge: choose one"
+    if asynchronous(config) and clients.deadline_s > 0:
+        yield "clients.buffer waits for nobody, so clients.deadline_s has no meaning with it: set it to 0"
+    if built.aggregator.segments > 1 and (asynchronous(config) or drift):
+        yield f'aggregator "{name}" uploads segments in turn, which needs a merge in every round'
+    least, most = built.aggregator.least_participants, clients.buffer or clients.count
+    if clients.count and least > most:
+        yield f'aggregator "{name}" needs {least} updates at a time; {"clients.buffer" if clients.buffer else "clients.count"} is {most}'
+    if drift:
+        if min(clients.participation, clients.availability) < 1.0 or clients.dropout > 0 or clients.deadline_s > 0:
+            yield (
+                f'synchronisation "{config.synchronisation.name}" would drop the work of clients that are missing at an aggregation: '
+                "set clients.participation = 1.0, without drop-outs or a deadline"
+            )
+        if moves(config):
+            yield f'synchronisation "{config.synchronisation.name}" leaves adapters where they are: "{config.policy.name}" moves cuts'

@@ -33,6 +33,11 @@ def export(run_dir: Path, to: Path, merged: bool = False) -> Path:
         raise ConfigError(f"--to {to} exists and is not empty.", "name a new folder; nothing was written.")
     config = load_config(run_dir / "config.toml")
     state = checkpoint.load(checkpoint.newest(run_dir))
+    if config.split.server == "unaveraged":
+        raise ConfigError(
+            f"{run_dir} has no joint model: its clients' own parts are never averaged.",
+            f"take a client's own adapter, {run_dir / 'adapter-client-0'} and so on; they are in stock PEFT layout.",
+        )
     path, revision = config.model.path, config.model.revision
     layout, blocks_path, transposed = run_layout(config)
     if layout.parameters != state.adapters.shape[0]:

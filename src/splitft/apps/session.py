@@ -30,8 +30,9 @@ from splitft.types import Key, ModelShape
 if TYPE_CHECKING:
     from types import FrameType
 
-# Components whose state in a checkpoint belongs to their configuration.
-STATEFUL = ("policy", "ranks", "aggregator", "synchronisation")
+# What the state in a checkpoint was made for: it would contradict another value.
+STATEFUL = ("policy", "ranks", "aggregator", "synchronisation", "split", "network")
+STATEFUL_FIELDS = ("clients.buffer", "clients.fleet", "clients.profiles", "clients.profiles_file", "clients.server_profile")
 
 Listener = Callable[[str, dict[str, Any]], None]
 
@@ -115,7 +116,7 @@ class FederatedRun:
         state = checkpoint.load(checkpoint.newest(self.folder))
         checkpoint.require_same(state.identity, self.assembly.identity, self.folder)
         changed = changed_fields(load_config(self.folder / "config.toml"), self.config)
-        if refused := [name for name in changed if name.split(".")[0] in STATEFUL]:
+        if refused := [name for name in changed if name.split(".")[0] in STATEFUL or name in STATEFUL_FIELDS]:
             raise ConfigError(
                 f"{refused[0]} cannot change when a run is resumed: its state in the checkpoint belongs to the old value.",
                 "leave it out, or start a new run.",

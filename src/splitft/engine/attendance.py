@@ -39,25 +39,35 @@ class Attendance:
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes a client's round moves beside its steps: weights it lacks and adapters down, adapters and reports up."""
+    """Bytes a client's round moves beside its steps: weights it lacks and adapters down, adapters and reports up. `decided_later_bytes`:
+    the upload if the round turns out to end with an aggregation."""
 
     fetch_bytes: float
     download_bytes: float
     upload_bytes: float
     report_bytes: float = 0.0
+    decided_later_bytes: float = 0.0
 
 
 @dataclass(frozen=True)
 class Attended:
     """The round as it will go: plans with the steps each client gets done, who is lost with them, when everything happens.
 
-    `predicted_s`: seconds of each client's round alone, had its device been as described and the round not been cut short.
+    `predicted_s`: seconds of each client's round alone, had its device been as described and the round not been cut short. `turns`: the
+    order in which clients' optimizer steps pass the server. `uploaded`: the timing with adapters sent at the end, where that is decided
+    later.
     """
 
     plans: tuple[Plan, ...]
     lost: frozenset[int]
     timing: RoundTiming
     predicted_s: Mapping[int, float]
+    turns: tuple[int, ...] = ()
+    uploaded: RoundTiming | None = None
+
+    def with_uploads(self) -> Attended:
+        """The same round, once it is decided that adapters are sent."""
+        return self if self.uploaded is None else replace(self, timing=self.uploaded)
 
 
 def draw_participants(clients: int, rules: Attendance, index: int, devices: Sequence[Device] = ()) -> list[int]:
@@ -88,14 +98,16 @@ def accept(plan: Plan, costs: CostModel, profile: Profile) -> Plan:
 
     Only the client knows its memory, so this is its own decision. Raises ResourceError when not even the shallowest cut fits.
     """
-    for cut in range(plan.cut, 0, -1):
+    shallowest = plan.cut if plan.is_whole(len(costs.shape.blocks)) else min(plan.cut, costs.shallowest_cut)
+    for cut in range(plan.cut, shallowest - 1, -1):
         tried = replace(plan, cut=cut)
         if costs.cost(tried).client_memory.total_bytes <= profile.memory_bytes:
             return tried
-    need_bytes = costs.cost(replace(plan, cut=1)).client_memory.total_bytes
+    need_bytes = costs.cost(replace(plan, cut=shallowest)).client_memory.total_bytes
     raise ResourceError(
-        f"client {plan.client} cannot hold any cut: cut 1 needs {need_bytes:.0f} bytes, {profile.name!r} has {profile.memory_bytes:.0f}.",
-        "use a smaller batch, shorter sequences, bfloat16 weights or gradient checkpointing, or leave the client out.",
+        f"client {plan.client} cannot hold any cut that is allowed: cut {shallowest} needs {need_bytes:.0f} bytes, {profile.name!r} has "
+        f"{profile.memory_bytes:.0f}.",
+        "use a smaller batch, shorter sequences, bfloat16 weights or gradient checkpointing, lower split.minimum_cut, or leave it out.",
     )
 
 
@@ -119,13 +131,13 @@ def attend(
     steps.update({client: max(1, done) for client, done in vanished.items() if done is not None})
     lost = {client for client, done in vanished.items() if done is not None}
 
-    def played() -> tuple[RoundTiming, dict[int, float]]:
-        made = [_schedule(one, profiles[one.client], costs, traffic, micro, steps[one.client], one.client in lost) for one in plans]
-        whole = {one.client: _schedule(one, devices[one.client].profile, costs, traffic, micro, steps[one.client], False) for one in plans}
-        timing = _timed(made, index, rules, costs[0].network, start_s)
-        return timing, {client: item.alone_s() for client, item in whole.items()}
+    def made(moved: Mapping[int, Traffic]) -> list[ClientSchedule]:
+        return [_schedule(one, profiles[one.client], costs, moved, micro, steps[one.client], one.client in lost) for one in plans]
 
-    timing, predicted_s = played()
+    def played(moved: Mapping[int, Traffic] = traffic) -> RoundTiming:
+        return timed(made(moved), index, rules.seed, rules.server, costs[0].network, start_s)
+
+    timing, limit_s = played(), 0.0
     if rules.deadline_s > 0 and (late := _late(timing, lost, rules, len(plans), start_s)):
         limit_s, stragglers = late
         for one in timing.clients:
@@ -134,10 +146,18 @@ def attend(
                 steps[one.client] = max(1, done)
                 if done == 0 or not rules.partial:
                     lost.add(one.client)
-        timing, predicted_s = played()
+        timing = played()
+    timing = _without_the_lost(timing, lost, limit_s)
+    uploaded = None
+    if any(one.decided_later_bytes for one in traffic.values()):
+        with_uploads = {client: replace(one, upload_bytes=one.decided_later_bytes) for client, one in traffic.items()}
+        uploaded = _without_the_lost(played(with_uploads), lost, limit_s)
+    predicted_s = {
+        one.client: _schedule(one, devices[one.client].profile, costs, traffic, micro, steps[one.client], False).alone_s() for one in plans
+    }
     # Who vanishes takes its adapters along: nothing of them is sent.
     shortened = tuple(replace(one, local_steps=steps[one.client], upload=one.upload and one.client not in lost) for one in plans)
-    return Attended(shortened, frozenset(lost), timing, predicted_s)
+    return Attended(shortened, frozenset(lost), timing, predicted_s, _turns(made(traffic), timing), uploaded)
 
 
 def turn_order(seed: int, index: int, clients: Sequence[int]) -> list[int]:
@@ -145,12 +165,49 @@ def turn_order(seed: int, index: int, clients: Sequence[int]) -> list[int]:
     return [clients[position] for position in numpy_stream(seed, "sequence", index).permutation(len(clients)).tolist()]
 
 
-def _timed(made: Sequence[ClientSchedule], index: int, rules: Attendance, network: Network, start_s: float) -> RoundTiming:
-    if rules.server == "shared":
+def timed(made: Sequence[ClientSchedule], index: int, seed: int, server: str, network: Network, start_s: float) -> RoundTiming:
+    """Play these schedules on the clock of the server mode."""
+    if server == "shared":
         return simulate_together(made, start_s, network.server_slots, timeline_steps=2)
-    if rules.server == "sequential":
-        return simulate_in_turn(made, turn_order(rules.seed, index, [one.client for one in made]), start_s, timeline_steps=2)
+    if server == "sequential":
+        return simulate_in_turn(made, turn_order(seed, index, [one.client for one in made]), start_s, timeline_steps=2)
     return simulate_round(made, start_s, timeline_steps=2, network=network)
+
+
+def _turns(made: Sequence[ClientSchedule], timing: RoundTiming) -> tuple[int, ...]:
+    """The clients in the order in which the server is done with their optimizer steps, a client once for each of its steps.
+
+    What a client does after the server's last word (downlink, its own backward) depends on nobody else, so the moment the server was
+    done is the end of the step less that.
+    """
+    by_client, moments = {one.client: one for one in timing.clients}, []
+    for one in made:
+        step = one.steps[0] if one.steps else ()
+        last = max((position for position, stage in enumerate(step) if stage.resource == "server"), default=len(step) - 1)
+        tail_s = math.fsum(stage.total_s for stage in step[last + 1 :])
+        moments += [(end_s - tail_s, one.client) for end_s in by_client[one.client].step_ends_s]
+    return tuple(client for _, client in sorted(moments))
+
+
+def _without_the_lost(timing: RoundTiming, lost: set[int], limit_s: float) -> RoundTiming:
+    """The round ends with the last update that counts, or with its deadline (seconds since its start; 0: none): nobody waits for who is
+    lost. What those still did is cut off there."""
+    if not lost:
+        return timing
+    arrivals = [one.finish_s - timing.start_s for one in timing.clients if one.client not in lost]
+    duration_s = max([limit_s, *arrivals]) if arrivals or limit_s else timing.duration_s
+    end_s = timing.start_s + duration_s
+    clients = []
+    for one in timing.clients:
+        spent_s = math.fsum(one.busy_s.values()) + one.server_wait_s
+        share = min(1.0, duration_s / spent_s) if one.client in lost and spent_s > 0 else 1.0
+        busy_s = one.busy_s if share == 1.0 else {kind: seconds * share for kind, seconds in one.busy_s.items()}
+        finish_s = min(one.finish_s, end_s)
+        clients.append(
+            replace(one, finish_s=finish_s, busy_s=busy_s, server_wait_s=one.server_wait_s * share, barrier_wait_s=end_s - finish_s)
+        )
+    line = tuple(entry._replace(end_s=min(entry.end_s, end_s)) for entry in timing.timeline if entry.start_s < end_s)
+    return replace(timing, duration_s=duration_s, clients=tuple(clients), timeline=line)
 
 
 def _schedule(

@@ -68,7 +68,7 @@ class RunState:
 
 
 CLIENT_TENSORS = ("first", "second", "adapter")
-CLIENT_NUMBERS = ("batches", "steps", "deepest", "folded")
+CLIENT_NUMBERS = ("batches", "steps", "deepest", "folded", "cut")
 PENDING_FACTS = ("version", "finish_s", "targets", "cut", "record", "losses")
 
 
@@ -208,6 +208,7 @@ def _state(facts: dict[str, Any], tensors: dict[str, Tensor]) -> RunState:
             adapter=tensors.get(f"client.{client}.adapter"),
             deepest=int(one["deepest"]),
             folded=int(one["folded"]),
+            cut=int(one["cut"]),
         )
         for client, one in facts["clients"].items()
     }

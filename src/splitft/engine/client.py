@@ -14,7 +14,7 @@ from torch import Tensor
 
 from splitft.engine.batches import Batch, gather, label_packet, require_targets
 from splitft.engine.exchange import Ownership, decode_vector, packet_bytes, packet_of, put, round_end_frame, spread, take
-from splitft.engine.settings import ClientState, Federation, load_moments, next_state
+from splitft.engine.settings import ClientState, Federation, is_low, load_moments, next_state
 from splitft.errors import ProtocolError
 from splitft.lora import AdapterBank
 from splitft.loss import Targets, training_loss
@@ -85,7 +85,7 @@ class Client:
             self.federation.settings.adapter_codec,
         )
         batches = self.start.local_steps * self.start.gradient_accumulation
-        self.state = next_state(self.before, batches, self.federation.settings, self.moments, 0)
+        self.state = next_state(self.before, batches, self.federation.settings, self.moments, 0, is_low(self.plan, self.federation.layout))
         accepted = expect((yield end.encode()), Type.ROUND_ACCEPTED).read(RoundAccepted)
         if accepted.client != self.client:
             raise ProtocolError(f"the server accepted client {accepted.client}, this is {self.client}.", "check the server's roster.")

@@ -8,11 +8,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from splitft.aggregate.base import Updates
 from splitft.engine.checkpoint import Pending, RunState
-from splitft.engine.merging import Outcome, collect, importance, merge, updates_of, weight_norms
+from splitft.engine.exchange import Ownership, put, take
+from splitft.engine.merging import Outcome, collect, importance, mean_of, merge, updates_of, weight_norms
 from splitft.engine.planning import remember_cuts
 from splitft.engine.record import Trained, observations_of, round_event
-from splitft.engine.settings import ClientState, Federation
+from splitft.engine.settings import SHARED_SERVER, ClientState, Federation
+from splitft.types import Plan
 
 if TYPE_CHECKING:
     from splitft.engine.rounds import Run
@@ -78,22 +81,53 @@ def close_round(run: Run, index: int, trained: Trained) -> Closed:
     notes = {**state.notes, "cuts": remember_cuts(state.notes, trained.result.plans, warn)}
     # A client that was lost goes back to what it had before the round.
     clients = {**state.clients, **{client: one for client, one in trained.result.states.items() if client not in trained.attended.lost}}
+    if not any(contributes) and SHARED_SERVER in clients:
+        clients = {**clients, SHARED_SERVER: state.clients.get(SHARED_SERVER, ClientState())}
+    nothing = Closed(_unchanged(run), False, state.adapters, clients, dict(state.synchronisation), notes, warnings, trained.pending)
     if not run.synchronisation.always:
-        return _perhaps(run, index, trained, contributes, Closed(_unchanged(run), False, state.adapters, clients, {}, notes, warnings, {}))
+        return _perhaps(run, index, trained, contributes, nothing)
     updates = updates_of(federation, trained.result, contributes)
-    if updates is None:
-        return Closed(_unchanged(run), False, state.adapters, clients, {}, notes, warnings, trained.pending)
+    if updates is None or _too_few(run, index, updates, warnings):
+        return nothing
     outcome = merge(run.aggregator, state.adapters, updates, state.aggregator, federation.split)
     if federation.settings.server == "unaveraged":
-        for row, plan in enumerate(trained.result.plans):
-            if contributes[row]:
-                clients[plan.client] = replace(clients[plan.client], adapter=trained.result.values[row].clone())
+        clients = _own_models(run, trained, contributes, outcome, clients)
     _note(run, outcome, notes)
     return Closed(outcome, True, outcome.adapters, clients, {}, notes, warnings, trained.pending)
 
 
+def _too_few(run: Run, index: int, updates: Updates, warnings: list[dict[str, Any]]) -> bool:
+    """Whether the rule cannot work with so few updates: then the round changes nothing, and the journal says why."""
+    trained, least = sum(count > 0 for count in updates.tokens), run.aggregator.least_participants
+    if trained >= least:
+        return False
+    text = f"{trained} updates came through and the aggregation rule needs {least}: nothing was merged. Raise clients.minimum."
+    warnings.append({"event": "warning", "round": index, "text": text})
+    return True
+
+
+def _own_models(
+    run: Run, trained: Trained, contributes: list[bool], outcome: Outcome, clients: dict[int, ClientState]
+) -> dict[int, ClientState]:
+    """Every client's own model where its part is never averaged: its own blocks' adapters, and the server's as they are now."""
+    rows = {plan.client: trained.result.values[row] for row, plan in enumerate(trained.result.plans) if contributes[row]}
+    plans = {plan.client: plan for plan in trained.result.plans}
+    found = dict(clients)
+    for client, one in clients.items():
+        own = rows.get(client, one.adapter)
+        if own is None:
+            continue
+        cut = plans[client].cut if client in plans else one.cut
+        plan = Plan(client, cut, 1, 1, run.rules.exit_on_client, run.rules.tail_blocks)
+        columns = Ownership(plan, run.federation.split.blocks).client_columns(run.federation.layout)
+        row = outcome.adapters.clone()
+        put(row, columns, take(own, columns))
+        found[client] = replace(one, adapter=row, cut=cut)
+    return found
+
+
 def _unchanged(run: Run) -> Outcome:
-    return Outcome(run.state.adapters, run.state.aggregator, {}, {})
+    return Outcome(run.state.adapters, run.state.aggregator, {}, {}, {})
 
 
 def _note(run: Run, outcome: Outcome, notes: dict[str, Any]) -> None:
@@ -102,7 +136,7 @@ def _note(run: Run, outcome: Outcome, notes: dict[str, Any]) -> None:
         notes["folds"] = [*notes.get("folds", []), {str(block): size for block, size in sorted(outcome.folded.items())}]
     if not run.ranks.uniform:
         norms = notes.setdefault("weight_norms", weight_norms(run.federation.split, run.federation.layout))
-        notes["importance"] = importance(run.federation.layout, run.state.adapters, outcome.adapters, norms)
+        notes["importance"] = importance(run.federation.layout, run.state.adapters, outcome.adapters, norms, outcome.factors)
 
 
 def _perhaps(run: Run, index: int, trained: Trained, contributes: list[bool], closed: Closed) -> Closed:
@@ -114,7 +148,7 @@ def _perhaps(run: Run, index: int, trained: Trained, contributes: list[bool], cl
             tokens[plan.client] = tokens.get(plan.client, 0) + result.targets[row]
             result.ledger.add(plan.client, "up", "control", run.synchronisation.report_bytes)
     updates = updates_of(federation, result, contributes, tokens)
-    if updates is None:
+    if updates is None or _too_few(run, index, updates, closed.warnings):
         return closed
     decision = run.synchronisation.decide(updates.values - state.adapters, updates.weights(), state.synchronisation)
     closed.synchronisation = dict(decision.state)
@@ -126,13 +160,14 @@ def _perhaps(run: Run, index: int, trained: Trained, contributes: list[bool], cl
         outcome = merge(run.aggregator, state.adapters, received, state.aggregator, federation.split)
         closed.outcome = replace(outcome, metrics={**outcome.metrics, **decision.metrics})
         closed.aggregated, closed.evaluated = True, outcome.adapters
+        trained.attended = trained.attended.with_uploads()
         closed.clients = {client: replace(one, adapter=None) for client, one in closed.clients.items()}
         closed.notes["tokens"] = {}
         _note(run, outcome, closed.notes)
         return closed
     closed.outcome = replace(closed.outcome, metrics=dict(decision.metrics))
     closed.notes["tokens"] = {str(client): count for client, count in sorted(tokens.items())}
-    closed.evaluated = (updates.weights()[:, None] * updates.values.double()).sum(0).float()
+    closed.evaluated = mean_of(updates)
     for row, plan in enumerate(result.plans):
         if contributes[row]:
             closed.clients[plan.client] = replace(closed.clients[plan.client], adapter=result.values[row].clone())

@@ -43,7 +43,7 @@ class CohortExecutor:
         return _join([self._cohort(group, plan, first_step, starts, states).train(on_step) for group in groups])
 
     def _cohort(self, plans: Sequence[Plan], plan: RoundPlan, first_step: int, starts: Starts, states: dict[int, ClientState]) -> Cohort:
-        return Cohort(self.federation, list(plans), plan.round, first_step, starts, states, self.size)
+        return Cohort(self.federation, list(plans), plan, first_step, starts, states, self.size)
 
     def _one_after_another(
         self, plan: RoundPlan, first_step: int, starts: Starts, states: dict[int, ClientState], on_step: OnStep

@@ -6,7 +6,7 @@ client's row, the server's blocks use the last one, so a block may have several 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -16,14 +16,14 @@ from splitft.compress.base import Packet
 from splitft.engine.batches import Batch, gather, label_packet, require_targets
 from splitft.engine.exchange import Ownership, decode_vector, encode_vector, put, round_end_frame, round_start_frame, take
 from splitft.engine.ledger import Ledger
-from splitft.engine.settings import SHARED_SERVER, ClientState, Federation, OnStep, RoundResult, Starts, load_moments, next_state
+from splitft.engine.settings import SHARED_SERVER, ClientState, Federation, OnStep, RoundResult, Starts, is_low, load_moments, next_state
 from splitft.lora import AdapterBank
 from splitft.loss import Targets, training_loss
 from splitft.messages import FRAME_BYTES, STEP_BYTES, RoundAccepted, Type, round_frame
 from splitft.optimizer import clip_factor
 from splitft.rng import numpy_stream
 from splitft.split import Route
-from splitft.types import Plan
+from splitft.types import Plan, RoundPlan
 from splitft.wire import Stream, Wire, cross
 
 
@@ -34,7 +34,7 @@ class Cohort:
         self,
         federation: Federation,
         plans: Sequence[Plan],
-        round_index: int,
+        round_plan: RoundPlan,
         first_step: int,
         starts: Starts,
         states: dict[int, ClientState],
@@ -42,7 +42,8 @@ class Cohort:
     ) -> None:
         self.federation = federation
         self.plans = plans
-        self.round = round_index
+        self.round = round_plan.round
+        self.turns = round_plan.turns
         self.first_step = first_step
         self.size = size
         self.before = [states.get(plan.client, ClientState()) for plan in plans]
@@ -79,27 +80,44 @@ class Cohort:
         settings, count = self.federation.settings, len(self.plans)
         losses: list[list[float]] = [[] for _ in self.plans]
         tokens, targets = [0] * count, [0] * count
-        for step in range(max(plan.local_steps for plan in self.plans)):
-            active = [k for k, plan in enumerate(self.plans) if plan.local_steps > step]
-            for company in self._companies(active, step):
-                self.bank.zero_gradients()
-                for start in range(0, len(company), self.size):
-                    chosen = company[start : start + self.size]
-                    seen, trained, sums = self._accumulate(chosen, step)
-                    for j, k in enumerate(chosen):
-                        tokens[k], targets[k] = tokens[k] + seen[j], targets[k] + trained[j]
-                        self.loss_sums[k] += sums[j]
-                        losses[k].append(sums[j] / trained[j])
-                self._optimize(company, self.first_step + step)
-                on_step(len(company))
+        for company, step in self._companies():
+            rows = self._rows(company)
+            self.bank.gradients[rows] = 0.0
+            for start in range(0, len(company), self.size):
+                chosen = company[start : start + self.size]
+                seen, trained, sums = self._accumulate(chosen, step)
+                for j, k in enumerate(chosen):
+                    tokens[k], targets[k] = tokens[k] + seen[j], targets[k] + trained[j]
+                    self.loss_sums[k] += sums[j]
+                    losses[k].append(sums[j] / trained[j])
+            self._optimize(company, rows, step)
+            on_step(len(company))
         return self._send(losses, tokens, targets, settings.gradient_accumulation)
 
-    def _companies(self, active: list[int], step: int) -> list[list[int]]:
-        """Who takes an optimizer step together: all, or, where the server steps after every batch, one after the other in a drawn order."""
+    def _companies(self) -> Iterator[tuple[list[int], int]]:
+        """Who takes an optimizer step together, and which of their steps it is: all that have it left; or, where the server steps after
+        every batch, one after the other, in the order of the virtual clock (without one: drawn for every step)."""
+        steps = [plan.local_steps for plan in self.plans]
+        active = [[k for k, count in enumerate(steps) if count > step] for step in range(max(steps))]
         if self.federation.settings.server != "alternating":
-            return [active]
-        turns = numpy_stream(self.federation.settings.seed, "turns", self.round, step).permutation(len(active))
-        return [[active[position]] for position in turns.tolist()]
+            yield from ((company, step) for step, company in enumerate(active))
+            return
+        row_of, done = {plan.client: k for k, plan in enumerate(self.plans)}, [0] * len(steps)
+        for client in self.turns or self._drawn_turns(active):
+            k = row_of[client]
+            yield [k], done[k]
+            done[k] += 1
+
+    def _drawn_turns(self, active: list[list[int]]) -> Iterator[int]:
+        for step, company in enumerate(active):
+            order = numpy_stream(self.federation.settings.seed, "turns", self.round, step).permutation(len(company))
+            yield from (self.plans[company[position]].client for position in order.tolist())
+
+    def _rows(self, company: list[int]) -> list[int] | slice:
+        """The bank rows that a company trains; all of them as one slice where that is so."""
+        if len(company) == len(self.plans):
+            return slice(None)
+        return [*company, *([len(self.plans)] if self.shared else [])]
 
     def _accumulate(self, chosen: list[int], step: int) -> tuple[list[int], list[int], list[float]]:
         """Gradients of one optimizer step of the chosen sessions, all micro-batches; their tokens, targets and summed nll."""
@@ -202,31 +220,37 @@ class Cohort:
             self.ledger.add(plan.client, "up", "control", step_up)
             self.ledger.add(plan.client, "down", "control", other)
 
-    def _optimize(self, active: list[int], step: int) -> None:
-        """Clip each client by its own global norm and take an optimizer step."""
-        settings, bank = self.federation.settings, self.bank
-        rate = settings.schedule.rate(step)
+    def _optimize(self, company: list[int], rows: list[int] | slice, step: int) -> None:
+        """Clip each client by its own global norm and take an optimizer step; `rows` are the company's, and the shared one's."""
+        settings, bank, whole = self.federation.settings, self.bank, isinstance(rows, slice)
+        rate = self._rate(company, step)
         if self.shared:
-            bank.gradients[-1] /= len(active)  # the server's batch is all clients' together: the mean of their losses
-        squared = bank.squared_norms()
+            bank.gradients[-1] /= len(company)  # the server's batch is the company's together: the mean of their losses
+        values, gradients, moments = bank.values[rows], bank.gradients[rows], self.moments.select(rows, slice(None))
+        squared = torch.linalg.vector_norm(gradients, dim=1).cpu().double().square()
         if settings.clip_norm > 0:
-            bank.scale_gradients(clip_factor(self._clipped_together(squared, active), settings.clip_norm))
-        if len(active) == len(self.plans):
-            settings.optimizer.step(bank.values, bank.gradients, self.moments, rate, bank.trained)
-            self.squared = squared[: len(self.plans)]
-            return
-        rows = [*active, *([len(self.plans)] if self.shared else [])]
-        values, moments = bank.values[rows], self.moments.select(rows, slice(None))
-        settings.optimizer.step(values, bank.gradients[rows], moments, rate, bank.trained)
-        with torch.no_grad():
-            bank.values[rows] = values
-        self.moments.first[rows], self.moments.second[rows], self.moments.steps[rows] = moments.first, moments.second, moments.steps
-        self.squared[active] = squared[active]
+            # One client with the server's one set: the norm over both. Several: each set by its own, for a step of the server's belongs
+            # to no single client.
+            together = squared.sum().expand_as(squared) if self.shared and len(company) == 1 else squared
+            factors = clip_factor(together, settings.clip_norm)
+            gradients.mul_(factors.to(gradients.dtype).to(gradients.device)[:, None])
+        settings.optimizer.step(values, gradients, moments, rate, bank.trained)
+        if whole:
+            self.moments.steps = moments.steps
+        else:
+            with torch.no_grad():
+                bank.values[rows] = values
+            self.moments.first[rows], self.moments.second[rows], self.moments.steps[rows] = moments.first, moments.second, moments.steps
+        self.squared[company] = squared[: len(company)]
 
-    def _clipped_together(self, squared: Tensor, active: list[int]) -> Tensor:
-        """The squared norms that clipping goes by [rows]. One client with the server's one set: the norm over both; several clients: each
-        set by its own, for a step of the server's belongs to no single client."""
-        return squared.sum().expand_as(squared) if self.shared and len(active) == 1 else squared
+    def _rate(self, company: list[int], step: int) -> float | Tensor:
+        """The learning rate of a company's step: one, or [rows, 1] where its members divide the round differently."""
+        settings = self.federation.settings
+        rates = [settings.rate(self.first_step, step, self.plans[k].local_steps) for k in company]
+        if len(set(rates)) == 1:
+            return rates[0]
+        mean = [sum(rates) / len(rates)] if self.shared else []
+        return torch.tensor([*rates, *mean], dtype=torch.float64)
 
     def _receive(self, starts: Starts) -> None:
         """Every client's start; its own blocks' part arrives as a message, unless it goes on from what it has."""
@@ -271,7 +295,9 @@ class Cohort:
             self.ledger.add_frame(plan.client, "down", accepted)
             if plan.upload and not settings.adapter_codec.lossless:
                 put(values[k], own, decode_vector(encode_vector(take(values[k], own), settings.adapter_codec), settings.adapter_codec))
-            states[plan.client] = next_state(self.before[k], plan.local_steps * accumulation, settings, self.moments, k)
+            states[plan.client] = next_state(
+                self.before[k], plan.local_steps * accumulation, settings, self.moments, k, is_low(plan, federation.layout)
+            )
         if self.shared:
             states[SHARED_SERVER] = self.shared_state()
         return RoundResult(tuple(self.plans), values[: len(self.plans)], tokens, losses, self.ledger, states, targets)

@@ -128,7 +128,7 @@ def round_start_frame(plan: Plan, round_index: int, first_step: int, settings: T
         rank=plan.rank,
         clip_norm=settings.clip_norm,
         first_step=first_step,
-        rates=[settings.schedule.rate(first_step + step) for step in range(plan.local_steps)],
+        rates=[settings.rate(first_step, step, plan.local_steps) for step in range(plan.local_steps)],
         ranks=list(plan.ranks),
         download=plan.download,
         upload=plan.upload,

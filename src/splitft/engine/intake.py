@@ -92,6 +92,8 @@ class Ending:
 def step_up(session: Session, frame: Frame, federation: Federation, round_index: int) -> Arrival:
     """A STEP_UP as an arrival. Raises ProtocolError or CodecError."""
     fields, plan, settings = frame.step(), session.ownership.plan, federation.settings
+    if plan.is_whole(federation.split.blocks):
+        raise ProtocolError(f"client {session.client} holds the whole model and sent a step.", SAME_PLAN)
     _check_order(session, fields, round_index)
     if session.in_pass:
         raise ProtocolError(f"client {session.client} sent another batch before the gradient of the last.", IN_ORDER)

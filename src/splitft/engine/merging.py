@@ -27,13 +27,14 @@ FOLD_TOLERANCE = 1e-6
 
 @dataclass(frozen=True)
 class Outcome:
-    """The next global adapter [p], the rule's state, figures for the journal, and what each fold added to the frozen weights, in values
-    a block."""
+    """The next global adapter [p], the rule's state, figures for the journal, what was folded into the frozen weights in values a block,
+    and the folded factors themselves."""
 
     adapters: Tensor
     state: State
     metrics: Mapping[str, float]
     folded: Mapping[int, int]
+    factors: Mapping[Key, Factors]
 
 
 def updates_of(
@@ -79,7 +80,7 @@ def merge(rule: Aggregator, before: Tensor, updates: Updates, state: State, spli
     for key, factors in merged.folded.items():
         split.fold(key, factors, updates.layout.by_key[key].scale)
         sizes[key.block] = sizes.get(key.block, 0) + factors.a.numel() + factors.b.numel()
-    return Outcome(merged.adapters, merged.state, merged.metrics, sizes)
+    return Outcome(merged.adapters, merged.state, merged.metrics, sizes, merged.folded)
 
 
 def collect(federation: Federation, plan: Plan, row: Tensor, result: RoundResult) -> None:
@@ -103,8 +104,17 @@ def weight_norms(split: SplitModel, layout: Layout) -> list[float]:
     return [float(torch.linalg.vector_norm(split.weight(entry.key).detach().float())) for entry in layout.entries]
 
 
-def importance(layout: Layout, before: Tensor, after: Tensor, norms: Sequence[float]) -> list[float]:
-    """Norm of the frozen weight times the norm of the change of the product B A, for every entry: how much a projection matters.
+def mean_of(updates: Updates) -> Tensor:
+    """The token-weighted mean of the updates' rows [p], summed in float64."""
+    total = torch.zeros(updates.values.shape[1], dtype=torch.float64)
+    for weight, row in zip(updates.weights().tolist(), updates.values, strict=True):
+        total.add_(row.double(), alpha=weight)
+    return total.float()
+
+
+def importance(layout: Layout, before: Tensor, after: Tensor, norms: Sequence[float], folded: Mapping[Key, Factors]) -> list[float]:
+    """Norm of the frozen weight times the norm of the change of the product B A, for every entry: how much a projection matters. What was
+    folded into the frozen weight is part of the change.
 
     Our reconstruction of the gradient-weight product of HSplitLoRA (arXiv 2505.02795), whose exact formula is not published: what a
     round changed in the product stands for the gradient.
@@ -112,7 +122,11 @@ def importance(layout: Layout, before: Tensor, after: Tensor, norms: Sequence[fl
     old, new = layout.factors(before), layout.factors(after)
     found = []
     for entry, norm in zip(layout.entries, norms, strict=True):
-        change = Factors(torch.cat([new[entry.key].a, old[entry.key].a]), torch.cat([new[entry.key].b, -old[entry.key].b], dim=1))
+        parts = [new[entry.key], Factors(old[entry.key].a, -old[entry.key].b)]
+        if entry.key in folded:
+            # A fold holds the old product too where the adapter starts afresh: the change is fold + new - old either way.
+            parts.append(Factors(folded[entry.key].a.float(), folded[entry.key].b.float()))
+        change = Factors(torch.cat([one.a for one in parts]), torch.cat([one.b for one in parts], dim=1))
         found.append(norm * math.sqrt(max(0.0, energy(change))))
     return found
 

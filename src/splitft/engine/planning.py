@@ -50,6 +50,7 @@ def prepare(run: Run, index: int, busy: frozenset[int] = frozenset()) -> Prepare
         plan = accept(wanted, run.costs[client], run.devices[client].profile)
         if plan.cut != wanted.cut:
             refused[client] = wanted.cut
+            policy_state = with_cut(policy_state, client, plan.cut)
         plans.append(with_exchange(run, plan, index))
     steps = run.work.steps({plan.client: step_s(run, plan) for plan in plans}, rules.local_steps)
     plans = [replace(plan, local_steps=steps[plan.client]) for plan in plans]
@@ -63,6 +64,13 @@ def prepare(run: Run, index: int, busy: frozenset[int] = frozenset()) -> Prepare
     for plan in plans:
         _add_traffic(run, plan, prepared)
     return prepared
+
+
+def with_cut(policy: Mapping[str, Any], client: int, cut: int) -> dict[str, Any]:
+    """A policy's state that knows the cut a client has accepted in place of the one it refused."""
+    cuts = list(policy["cuts"])
+    cuts[client] = cut
+    return {**policy, "cuts": cuts}
 
 
 def step_s(run: Run, plan: Plan) -> float:
@@ -90,6 +98,8 @@ def with_exchange(run: Run, plan: Plan, index: int) -> Plan:
         return replace(plan, download=False, upload=False)
     if not run.synchronisation.always:
         return replace(plan, download=not own, upload=False)
+    if run.aggregator.resets:
+        return replace(plan, download=False)  # fresh adapters follow from the seed
     segments = run.aggregator.segments
     return replace(plan, segments=segments, segment=(plan.client + index) % segments) if segments > 1 else plan
 
@@ -102,15 +112,19 @@ def _add_traffic(run: Run, plan: Plan, prepared: Prepared) -> None:
     if run.rules.fetch_blocks and 0 < before.deepest < plan.cut:
         fetched = sum(run.costs[plan.client].block_bytes(block) for block in range(before.deepest, plan.cut))
     folds: Sequence[Mapping[str, int]] = run.state.notes.get("folds", [])
-    fetched_bytes = int(fetched) + fold_bytes(folds, before.folded, ownership.client_blocks())
+    # Changes of the frozen weights reach a client for every block it has ever had; a block fetched now comes with them.
+    had = max(before.deepest, 0 if run.rules.fetch_blocks and before.deepest else plan.cut)
+    tail = [block for block in ownership.client_blocks() if block >= plan.cut]
+    fetched_bytes = int(fetched) + fold_bytes(folds, before.folded, [*range(had), *tail])
     down = size_of(ownership.client_columns(federation.layout, federation.trained))
     up = size_of(ownership.upload_columns(federation.layout, federation.trained))
-    synchronised = plan.upload or not run.synchronisation.always
+    later = not run.synchronisation.always
     prepared.traffic[plan.client] = Traffic(
         fetch_bytes=fetched_bytes,
         download_bytes=HEADER_BYTES + 4 * down if plan.download else 0,
-        upload_bytes=HEADER_BYTES + 4 * up if synchronised else 0,
+        upload_bytes=HEADER_BYTES + 4 * up if plan.upload else 0,
         report_bytes=run.synchronisation.report_bytes,
+        decided_later_bytes=HEADER_BYTES + 4 * up if later else 0,
     )
     prepared.fetched_bytes[plan.client] = fetched_bytes
     prepared.clients[plan.client] = replace(before, deepest=max(before.deepest, plan.cut), folded=len(folds))

@@ -129,7 +129,7 @@ def synchronous_round(run: Run, index: int) -> Trained:
     )
     starting = Starting(run)
     run.on_stage("train")
-    plan = RoundPlan(index, attended.plans)
+    plan = RoundPlan(index, attended.plans, attended.turns)
     result = run.executor.train(plan, (index - 1) * rules.local_steps, starting, {**state.clients, **prepared.clients}, run.on_step)
     for client, count in prepared.fetched_bytes.items():
         result.ledger.add(client, "down", "weights", count)

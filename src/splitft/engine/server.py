@@ -211,7 +211,7 @@ class Server:
         if settings.clip_norm > 0:
             squared = torch.tensor([client_squared + session.squared_norm], dtype=torch.float64)
             gradients.mul_(clip_factor(squared, settings.clip_norm).to(gradients.dtype).to(gradients.device)[:, None])
-        rate = settings.schedule.rate(self.first_step + session.step - 1)
+        rate = settings.rate(self.first_step, session.step - 1, session.ownership.plan.local_steps)
         trained = None if self.bank.trained is None else self.bank.trained[columns]
         settings.optimizer.step(self.bank.values[one, columns], gradients, self.moments.select(one, columns), rate, trained)
 

@@ -47,6 +47,14 @@ class TrainSettings:
     adapter_codec: Codec
     seed: int
     server: str = "per_client"
+    round_steps: int = 0
+
+    def rate(self, first_step: int, step: int, local_steps: int) -> float:
+        """Learning rate of a client's step in a round that begins at `first_step` of the schedule. Who takes more steps than a round has
+        (`round_steps`; 0: any number) divides the round's span among them, so that no schedule is overrun."""
+        if 0 < self.round_steps < local_steps:
+            step = step * self.round_steps // local_steps
+        return self.schedule.rate(first_step + step)
 
     @property
     def one_server_set(self) -> bool:
@@ -57,7 +65,7 @@ class TrainSettings:
 @dataclass
 class ClientState:
     """What outlives a round for one client: batches drawn so far, its moments [p] if they are kept, its adapters [p] if they are its
-    own for longer than a round, the number of first blocks it has had, and the round up to which it knows the frozen weights."""
+    own for longer than a round, the number of first blocks it has had, the round up to which it knows the frozen weights, its last cut."""
 
     batches: int = 0
     steps: int = 0
@@ -66,6 +74,7 @@ class ClientState:
     adapter: Tensor | None = None
     deepest: int = 0
     folded: int = 0
+    cut: int = 0
 
 
 # The state of the adapters that all clients share on the server, kept beside the clients'.
@@ -111,27 +120,27 @@ def load_moments(
 ) -> Moments:
     """Moments for these clients' rows: theirs from the round before if kept, else zeros.
 
-    An adapter below its full rank begins every round with new factors, so its moments begin anew as well.
+    An adapter below its full rank begins every round with new factors; then all moments of its client begin anew, steps included.
     """
     moments = Moments.zeros(len(states), layout.parameters, device)
     if settings.keep_moments:
         for row, state in enumerate(states):
-            if state.first is None or state.second is None:
+            if state.first is None or state.second is None or is_low(plans[row] if plans else None, layout):
                 continue
             moments.first[row], moments.second[row] = state.first.to(device), state.second.to(device)
             moments.steps[row] = state.steps
-            plan = plans[row] if plans else None
-            for entry, rank in zip(layout.entries, plan.ranks if plan else (), strict=False):
-                if rank < entry.rank:
-                    moments.first[row, entry.start : entry.end] = 0.0
-                    moments.second[row, entry.start : entry.end] = 0.0
     return moments
 
 
-def next_state(before: ClientState, batches: int, settings: TrainSettings, moments: Moments, row: int) -> ClientState:
-    """The client's state after a round; tensors are copies on the CPU."""
+def is_low(plan: Plan | None, layout: Layout) -> bool:
+    """Whether a plan has an adapter below its full rank."""
+    return plan is not None and any(rank < entry.rank for rank, entry in zip(plan.ranks, layout.entries, strict=False))
+
+
+def next_state(before: ClientState, batches: int, settings: TrainSettings, moments: Moments, row: int, low: bool = False) -> ClientState:
+    """The client's state after a round; tensors are copies on the CPU. With `low` ranks there are no moments to keep."""
     after = replace(before, batches=before.batches + batches)
-    if not settings.keep_moments:
-        return after
+    if not settings.keep_moments or low:
+        return replace(after, steps=0, first=None, second=None)
     first, second = moments.first[row].to("cpu", copy=True), moments.second[row].to("cpu", copy=True)
     return replace(after, steps=int(moments.steps[row]), first=first, second=second)
