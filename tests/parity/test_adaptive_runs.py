@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -340,3 +340,157 @@ def test_asynchronous_times_are_the_clients_own(tmp_path: Path) -> None:
             whole = sum(one["busy_s"].values()) + one["server_wait_s"]
             assert one["finish_s"] - one["start_s"] == pytest.approx(whole)
             assert one["finish_s"] + one["barrier_wait_s"] == pytest.approx(event["virtual_end_s"])
+
+
+def test_importance_sees_what_was_folded(tmp_path: Path) -> None:
+    changes = {"ranks": {"name": "importance", "share": 0.5}, "train": {"moments": "reset"}}
+    found = {}
+    for rule in ("stack", "product"):
+        folder = train(configured(tmp_path, name=rule, aggregator={"name": rule}, **changes))
+        found[rule] = checkpoint.load(checkpoint.newest(folder)).notes["importance"]
+        assert min(found[rule]) > 0
+
+
+def test_a_client_s_own_model_has_the_server_s_part_as_it_is_now(tmp_path: Path) -> None:
+    config = configured(tmp_path, split={"server": "unaveraged"}, clients={"count": 4, "participation": 0.5}, rounds=6)
+    run = FederatedRun(config)
+    list(run.rounds())
+    layout = run.assembly.federation.layout
+    back, front = layout.columns(2, 5), layout.columns(0, 2)
+    rows = [one.adapter for client, one in run.state.clients.items() if client >= 0]
+    assert len(rows) == 4
+    for row in rows:
+        assert row is not None
+        assert torch.equal(row[back], run.state.adapters[back])
+        assert not torch.equal(row[front], run.state.adapters[front])
+    run.close()
+    with pytest.raises(ConfigError, match="never averaged"):
+        export(run.folder, tmp_path / "out")
+
+
+@pytest.mark.parametrize("late", ["partial", "drop"])
+def test_a_round_never_lasts_longer_than_its_deadline_for_who_is_lost(tmp_path: Path, late: str) -> None:
+    (tmp_path / "profiles.toml").write_text('[snail]\nlike = "phone"\nflops_per_s = 1e5\n')
+    clients = {"count": 3, "profiles": ["desktop", "desktop", "snail"], "profiles_file": str(tmp_path / "profiles.toml")}
+    folder = train(configured(tmp_path, clients={**clients, "deadline_s": 0.5, "late": late}))
+    for event in events(folder, "round"):
+        assert [one["status"] for one in event["clients"]] == ["done", "done", "lost"]
+        assert event["virtual_end_s"] - event["virtual_start_s"] == pytest.approx(0.5)
+        for one in event["clients"]:
+            assert one["finish_s"] <= event["virtual_end_s"] + 1e-9
+            whole = sum(one["busy_s"].values()) + one["server_wait_s"] + one["barrier_wait_s"]
+            assert whole == pytest.approx(0.5)
+
+
+def test_a_refusal_keeps_to_the_minimum_cut_and_to_whole(tmp_path: Path) -> None:
+    run = FederatedRun(configured(tmp_path, name="probe"))
+    holds = run.assembly.costs[0].cost(run.assembly.costs[0].plan(2)).client_memory.total_bytes
+    run.close()
+    (tmp_path / "profiles.toml").write_text(f'[small]\nlike = "phone"\nmemory_bytes = {holds + 1}\n')
+    clients = {"count": 1, "profiles": ["small"], "profiles_file": str(tmp_path / "profiles.toml")}
+    for changes in ({"split": {"minimum_cut": 3}, "policy": {"name": "fixed", "cuts": [3]}}, {"policy": {"name": "whole"}}):
+        split = {"labels": "client"} if changes["policy"]["name"] == "whole" else changes["split"]
+        with pytest.raises(ResourceError, match="client 0 cannot hold any cut that is allowed"):
+            train(configured(tmp_path, name=changes["policy"]["name"], clients=clients, **{**changes, "split": split}))
+
+
+def test_too_few_updates_for_the_rule_change_nothing_and_are_said(tmp_path: Path) -> None:
+    config = configured(tmp_path, rounds=6, aggregator={"name": "krum", "attackers": 0}, clients={"count": 3, "dropout": 0.5})
+    folder = train(config)
+    rounds = {event["round"]: event for event in events(folder, "round")}
+    warned = [event["round"] for event in events(folder, "warning")]
+    assert warned
+    for event in rounds.values():
+        came = sum(one["status"] == "done" for one in event["clients"])
+        assert event["aggregated"] == (came >= 3)
+        assert (event["round"] in warned) == (0 < came < 3)
+    with pytest.raises(ConfigError) as caught:
+        FederatedRun(configured(tmp_path, name="never", aggregator={"name": "krum"}, clients={"count": 3}))
+    assert any("needs 5 updates at a time" in line for line in caught.value.problems)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"clients": {"count": 4, "buffer": 0}}, {"split": {"maximum_cut": 1}}, {"clients": {"count": 4, "fleet": "long_tail", "buffer": 2}}],
+)
+def test_a_resumed_run_refuses_what_its_state_contradicts(tmp_path: Path, change: dict[str, Any]) -> None:
+    base: dict[str, Any] = {"clients": {"count": 4, "buffer": 2}}
+    run = FederatedRun(configured(tmp_path, **base))
+    next(run.rounds())
+    run.close()
+    with pytest.raises(ConfigError, match="cannot change when a run is resumed"):
+        FederatedRun(configured(tmp_path, **{**base, **change}), run.folder)
+
+
+def test_folded_weights_reach_a_client_for_every_block_it_has_had(tmp_path: Path) -> None:
+    """Cuts go up and down; in all, each client is sent every fold of every block it has had, once."""
+    clients = {"count": 1, "fetch_blocks": False}
+    config = configured(
+        tmp_path, rounds=7, policy={"name": "wandering"}, clients=clients, aggregator={"name": "stack"}, train={"moments": "reset"}
+    )
+    folder = train(config)
+    state = checkpoint.load(checkpoint.newest(folder))
+    folds, rounds = state.notes["folds"], events(folder, "round")
+    sent = sum(event["clients"][0]["bytes"]["down"]["weights"] for event in rounds)
+    had, due = 0, 0
+    for index, event in enumerate(rounds):
+        had = max(had, event["clients"][0]["cut"])
+        if index:
+            size = sum(count for block, count in folds[index - 1].items() if int(block) < had)
+            due += 32 + 4 * size
+    assert sent == due
+
+
+def test_the_plan_of_a_fleet_is_the_first_round_of_the_run(tmp_path: Path) -> None:
+    from splitft.apps.plan_fleet import Manner, fleet_plan
+
+    for server in ("per_client", "shared", "alternating", "sequential"):
+        config = configured(
+            tmp_path,
+            name=server,
+            rounds=1,
+            split={"server": server},
+            clients={"count": 4, "fleet": "two_tier"},
+            train={"gradient_accumulation": 2},
+        )
+        run = FederatedRun(config)
+        list(run.rounds())
+        built = run.assembly
+        profiles = [device.profile for device in built.devices]
+        plan = fleet_plan(built.costs[0], profiles, [2] * 4, [2] * 4, Manner(server, 2, config.seed))
+        first = events(run.folder, "round")[0]
+        run.close()
+        assert plan.round_s == pytest.approx(first["virtual_end_s"], rel=0.02), server  # adapters' packet headers are not predicted
+
+
+def test_moments_that_change_hosts_are_counted(tmp_path: Path) -> None:
+    bytes_of = {}
+    for moments in ("keep", "reset"):
+        config = configured(
+            tmp_path, name=moments, policy={"name": "wandering"}, clients={"count": 1, "fetch_blocks": False}, train={"moments": moments}
+        )
+        rounds = events(train(config), "round")
+        bytes_of[moments] = [(e["clients"][0]["cut"], e["clients"][0]["bytes"]) for e in rounds]
+    for (before, _), (cut, kept), (_, plain) in zip(bytes_of["keep"], bytes_of["keep"][1:], bytes_of["reset"][1:], strict=False):
+        more_down = kept["down"]["adapters"] - plain["down"]["adapters"]
+        more_up = kept["up"]["adapters"] - plain["up"]["adapters"]
+        assert (more_down > 0) == (cut > before)
+        assert (more_up > 0) == (cut < before)
+
+
+def test_turns_are_those_of_the_clock() -> None:
+    """A fast client has done all its steps before a slow one's first is through the server."""
+    from splitft.adapt.fleets import Device
+    from splitft.adapt.profiles import preset
+    from splitft.engine.attendance import Attendance, Traffic, attend
+    from splitft.types import Plan
+
+    from ..unit.cost_shapes import cost_model
+
+    rules = Attendance(0, 1.0, 1, 0.0, 0.5, True, "alternating")
+    plans = [Plan(0, 1, 3, 2), Plan(1, 1, 2, 2)]
+    devices = [Device(preset("server-a100")), Device(replace(preset("phone"), flops_per_s=1e6))]
+    costs, traffic = [cost_model()] * 2, {client: Traffic(0.0, 0.0, 0.0) for client in range(2)}
+    assert attend(plans, 1, devices, costs, traffic, rules, 1, 0.0).turns == (0, 0, 0, 1, 1)
+    equal = attend(plans, 1, [devices[0]] * 2, costs, traffic, rules, 1, 0.0).turns
+    assert equal == (0, 1, 0, 1, 0)

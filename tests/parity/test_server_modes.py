@@ -152,8 +152,7 @@ def test_with_one_client_every_server_mode_is_the_same_training(server: str) -> 
     start = alone.layout.initial_row(1)
     expected = trained(alone, plans([2]), start)
     found = trained(common, plans([2]), start)
-    if server != "shared":
-        torch.testing.assert_close(found.values, expected.values, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found.values, expected.values, rtol=1e-5, atol=1e-6)
     assert found.ledger.clients == expected.ledger.clients
     torch.testing.assert_close(torch.tensor(found.step_losses)[:, 0], torch.tensor(expected.step_losses)[:, 0])
 

@@ -16,7 +16,7 @@ from splitft.adapt.cost import CostModel
 from splitft.adapt.schedule import step_seconds
 from splitft.apps.assemble import build_components, cost_model, fleet_of, load_base
 from splitft.apps.plan import mark_configured, plan_table, render_plan
-from splitft.apps.plan_fleet import TABLES_SHOWN, fleet_plan, render_fleet
+from splitft.apps.plan_fleet import TABLES_SHOWN, Manner, fleet_plan, render_fleet
 from splitft.config import RunConfig
 from splitft.lora import Layout
 from splitft.models.anatomy import describe, select_targets
@@ -85,7 +85,9 @@ def show_plan(config: RunConfig) -> None:
         }
         steps = components.work.steps(alone, config.train.local_steps)
         title = f"{config.model.path} on {len(profiles)} devices, server {server.name}, {step}"
-        render_fleet(fleet_plan(costs, profiles, cuts, [steps[client] for client in range(len(profiles))]), console, title)
+        manner = Manner(config.split.server, config.train.gradient_accumulation, config.seed)
+        shown = fleet_plan(costs, profiles, cuts, [steps[client] for client in range(len(profiles))], manner)
+        render_fleet(shown, console, title)
         return
     reason = "set by policy.cuts" if config.policy.fields.get("cuts") else f"where policy {config.policy.name} starts"
     for profile in dict.fromkeys(profiles):

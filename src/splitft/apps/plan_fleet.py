@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from splitft.adapt.cost import CostModel
 from splitft.adapt.schedule import schedule, step_seconds
 from splitft.apps.report_text import bytes_text, number_text, seconds_text
-from splitft.clock import simulate_round
+from splitft.engine.attendance import timed
 from splitft.types import Profile
 
 if TYPE_CHECKING:
@@ -44,28 +44,45 @@ class FleetPlan:
     uniform_s: tuple[float, ...]
 
 
-def fleet_plan(costs: CostModel, profiles: Sequence[Profile], cuts: Sequence[int], steps: Sequence[int]) -> FleetPlan:
+@dataclass(frozen=True)
+class Manner:
+    """What the clock must know besides: whose adapters the server has, batches behind an optimizer step, the seed of turns."""
+
+    server: str = "per_client"
+    micro: int = 1
+    seed: int = 0
+
+
+def fleet_plan(
+    costs: CostModel, profiles: Sequence[Profile], cuts: Sequence[int], steps: Sequence[int], manner: Manner | None = None
+) -> FleetPlan:
     """Play the first round, adapters included, with these cuts and local steps [clients], and with every uniform cut."""
-    seconds, finishes = _played(costs, profiles, cuts, steps)
+    manner = manner or Manner()
+    seconds, finishes = _played(costs, profiles, cuts, steps, manner)
     rows = []
     for client, (profile, cut, count) in enumerate(zip(profiles, cuts, steps, strict=True)):
         cost = costs.cost(costs.plan(cut))
-        alone_s = step_seconds(cost, profile, costs.server).total_s
+        alone_s = step_seconds(cost, profile, costs.server).total_s * manner.micro
         rows.append(FleetRow(client, profile, cut, count, cost.client_memory.total_bytes, alone_s, finishes[client]))
     equal = [costs.local_steps] * len(profiles)
     uniform = range(costs.shallowest_cut, costs.deepest_cut + 1)
     return FleetPlan(
-        tuple(rows), seconds, costs.shallowest_cut, tuple(_played(costs, profiles, [cut] * len(profiles), equal)[0] for cut in uniform)
+        tuple(rows),
+        seconds,
+        costs.shallowest_cut,
+        tuple(_played(costs, profiles, [cut] * len(profiles), equal, manner)[0] for cut in uniform),
     )
 
 
-def _played(costs: CostModel, profiles: Sequence[Profile], cuts: Sequence[int], steps: Sequence[int]) -> tuple[float, list[float]]:
+def _played(
+    costs: CostModel, profiles: Sequence[Profile], cuts: Sequence[int], steps: Sequence[int], manner: Manner
+) -> tuple[float, list[float]]:
     """Seconds of the round, and of each client's part of it."""
     made = []
     for client, (profile, cut, count) in enumerate(zip(profiles, cuts, steps, strict=True)):
-        plan = replace(costs.plan(cut, client), local_steps=count)
-        made.append(schedule(plan, costs.cost(plan), profile, costs.server))
-    timing = simulate_round(made, network=costs.network)
+        plan = replace(costs.plan(cut, client), local_steps=count * manner.micro)
+        made.append(schedule(plan, costs.cost(plan), profile, costs.server, micro=manner.micro))
+    timing = timed(made, 1, manner.seed, manner.server, costs.network, 0.0)
     return timing.duration_s, [one.finish_s for one in timing.clients]
 
 

@@ -18,7 +18,7 @@ import torch
 from splitft.engine.attendance import attend
 from splitft.engine.checkpoint import Pending
 from splitft.engine.ledger import Ledger
-from splitft.engine.planning import Starting, prepare
+from splitft.engine.planning import Starting, count_moves, prepare
 from splitft.engine.record import Trained, client_records
 from splitft.engine.settings import ClientState, RoundResult
 from splitft.types import Plan, RoundPlan
@@ -64,8 +64,7 @@ def _start(run: Run, index: int, began: Trained, waiting: dict[int, Pending]) ->
     run.on_stage("train")
     plan, first_step = RoundPlan(index, attended.plans), (index - 1) * run.rules.local_steps
     result = run.executor.train(plan, first_step, starting, {**run.state.clients, **prepared.clients}, run.on_step)
-    for client, count in prepared.fetched_bytes.items():
-        result.ledger.add(client, "down", "weights", count)
+    count_moves(prepared, result.ledger)
     began = replace(began, result=result, truncated=starting.truncated)
     records = [{**record, "start_s": attended.timing.start_s} for record in client_records(began)]
     for row, one in enumerate(result.plans):

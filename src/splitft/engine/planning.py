@@ -14,6 +14,7 @@ from splitft.adapt.schedule import step_seconds
 from splitft.compress.base import HEADER_BYTES
 from splitft.engine.attendance import Traffic, accept, draw_participants
 from splitft.engine.exchange import Ownership, size_of
+from splitft.engine.ledger import Ledger
 from splitft.engine.merging import fold_bytes
 from splitft.engine.settings import ClientState
 from splitft.types import Observation, Plan
@@ -35,6 +36,7 @@ class Prepared:
     steps: dict[int, int]
     traffic: dict[int, Traffic]
     fetched_bytes: dict[int, int]
+    moments: dict[int, tuple[int, int]]
     clients: dict[int, ClientState]
 
 
@@ -60,7 +62,7 @@ def prepare(run: Run, index: int, busy: frozenset[int] = frozenset()) -> Prepare
             index, {plan.client: plan.cut for plan in plans}, state.notes.get("importance", []), run.federation.layout, state.ranks
         )
         plans = [with_ranks(run, plan, chosen[plan.client]) for plan in plans]
-    prepared = Prepared(plans, policy_state, rank_state, refused, steps, {}, {}, {})
+    prepared = Prepared(plans, policy_state, rank_state, refused, steps, {}, {}, {}, {})
     for plan in plans:
         _add_traffic(run, plan, prepared)
     return prepared
@@ -119,15 +121,36 @@ def _add_traffic(run: Run, plan: Plan, prepared: Prepared) -> None:
     down = size_of(ownership.client_columns(federation.layout, federation.trained))
     up = size_of(ownership.upload_columns(federation.layout, federation.trained))
     later = not run.synchronisation.always
+    down_moments, up_moments = _moved_moments(run, plan, before)
+    prepared.moments[plan.client] = (down_moments, up_moments)
     prepared.traffic[plan.client] = Traffic(
-        fetch_bytes=fetched_bytes,
+        fetch_bytes=fetched_bytes + down_moments,
         download_bytes=HEADER_BYTES + 4 * down if plan.download else 0,
         upload_bytes=HEADER_BYTES + 4 * up if plan.upload else 0,
-        report_bytes=run.synchronisation.report_bytes,
+        report_bytes=run.synchronisation.report_bytes + up_moments,
         decided_later_bytes=HEADER_BYTES + 4 * up if later else 0,
     )
     prepared.fetched_bytes[plan.client] = fetched_bytes
-    prepared.clients[plan.client] = replace(before, deepest=max(before.deepest, plan.cut), folded=len(folds))
+    prepared.clients[plan.client] = replace(before, deepest=max(before.deepest, plan.cut), folded=len(folds), cut=plan.cut)
+
+
+def _moved_moments(run: Run, plan: Plan, before: ClientState) -> tuple[int, int]:
+    """Bytes of optimizer moments that change hosts with the blocks a moved cut hands over: to the client, to the server. Two float32
+    values a parameter; none where every round begins with fresh ones."""
+    if before.first is None or before.cut in (0, plan.cut):
+        return 0, 0
+    columns = run.federation.layout.columns(min(before.cut, plan.cut), max(before.cut, plan.cut))
+    moved_bytes = HEADER_BYTES + 8 * (columns.stop - columns.start)
+    return (moved_bytes, 0) if plan.cut > before.cut else (0, moved_bytes)
+
+
+def count_moves(prepared: Prepared, ledger: Ledger) -> None:
+    """Enter what reached clients beside adapters and tensors: weights they lacked, moments that moved with a block."""
+    for client, fetched_bytes in prepared.fetched_bytes.items():
+        ledger.add(client, "down", "weights", fetched_bytes)
+    for client, (down_bytes, up_bytes) in prepared.moments.items():
+        ledger.add(client, "down", "adapters", down_bytes)
+        ledger.add(client, "up", "adapters", up_bytes)
 
 
 @dataclass

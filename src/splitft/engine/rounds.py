@@ -28,7 +28,7 @@ from splitft.engine.attendance import Attendance, attend
 from splitft.engine.closing import close_round
 from splitft.engine.evaluate import evaluate
 from splitft.engine.journal import Journal
-from splitft.engine.planning import Starting, prepare
+from splitft.engine.planning import Starting, count_moves, prepare
 from splitft.engine.record import Trained, evaluation_event
 from splitft.engine.settings import ClientState, Federation, OnStep, RoundResult, Starts
 from splitft.ranks.base import RankPolicy
@@ -131,8 +131,7 @@ def synchronous_round(run: Run, index: int) -> Trained:
     run.on_stage("train")
     plan = RoundPlan(index, attended.plans, attended.turns)
     result = run.executor.train(plan, (index - 1) * rules.local_steps, starting, {**state.clients, **prepared.clients}, run.on_step)
-    for client, count in prepared.fetched_bytes.items():
-        result.ledger.add(client, "down", "weights", count)
+    count_moves(prepared, result.ledger)
     return Trained(prepared, attended, result, starting.truncated)
 
 
