@@ -280,7 +280,12 @@ ALWAYS = ("2604.26388", "2106.09685", "2004.12088", "2407.00952", "1711.05101")
 SEAMS = ("data", "partition", "policy", "ranks", "work", "uplink", "downlink", "aggregator", "synchronisation")
 RULE = "rule"  # a component inside another one of its seam, by name or as a table
 U_SHAPE = "1812.00564"
-SERVER_MODES: Mapping[str, str] = {"shared": "2407.00952", "alternating": "2407.00952", "sequential": "2004.12088", "unaveraged": "2012.12591"}
+SERVER_MODES: Mapping[str, str] = {
+    "shared": "2407.00952",
+    "alternating": "2407.00952",
+    "sequential": "2004.12088",
+    "unaveraged": "2012.12591",
+}
 LONGEST_FIRST = "2511.15404"
 ASYNCHRONOUS = ("2106.06639", "1903.03934")
 
