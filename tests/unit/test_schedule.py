@@ -98,11 +98,17 @@ def test_a_round_can_be_cut_short() -> None:
 
 
 def test_one_client_needs_what_its_step_needs() -> None:
-    model = cost_model()
+    """A step, and its share of the round's adapters: a fifth of theirs in rounds of five steps."""
+    model = cost_model(local_steps=5)
     for cut in (1, 4):
-        expected_s = step_seconds(model.cost(model.plan(cut)), DEVICE, SERVER).total_s
-        assert round_seconds([model], [DEVICE], [cut]) == pytest.approx(expected_s)
-        assert round_seconds([model], [DEVICE], [cut], steps=7, micro=2) == pytest.approx(2 * expected_s)
+        cost = model.cost(model.plan(cut))
+        step_s = step_seconds(cost, DEVICE, SERVER).total_s
+        both_ways_s = cost.adapters_down_bytes / DEVICE.downlink_bytes_per_s + cost.adapters_up_bytes / DEVICE.uplink_bytes_per_s
+        share_s = (both_ways_s + 2 * DEVICE.latency_s) / 5
+        assert round_seconds([model], [DEVICE], [cut]) == pytest.approx(step_s + share_s)
+        assert round_seconds([model], [DEVICE], [cut], steps=7, micro=2) == pytest.approx(2 * step_s + share_s)
+        whole_s = schedule(model.plan(cut), cost, DEVICE, SERVER).alone_s()
+        assert round_seconds([model], [DEVICE], [cut], steps=5) == pytest.approx(whole_s / 5)
     assert round_seconds([], [], []) == 0.0
 
 

@@ -1,8 +1,9 @@
 """Balancing a round: the shortest time its clients can share, and which cuts each may have within it. Arithmetic, no simulation.
 
-For client i at cut c let T_i(c) be the seconds of a step that has the server to itself (adapt/schedule.py), and S_i(c) the seconds of
-server work in it. A round whose steps take t seconds needs every T_i <= t, since a client cannot be faster than alone, and
-sum S_i <= t x slots, since the server has so many processors. The smallest t both can hold for is
+For client i at cut c let T_i(c) be the seconds of a step that has the server to itself, with its share of the round's transfers of
+adapters (adapt/schedule.py), and S_i(c) the seconds of server work in it. A round whose steps take t seconds needs every T_i <= t,
+since a client cannot be faster than alone, and sum S_i <= t x slots, since the server has so many processors. The smallest t both can
+hold for is
 
     t* = min over all choices of cuts of max(max_i T_i(c_i), sum_i S_i(c_i) / slots),
 
@@ -22,8 +23,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from splitft.adapt.choose import fitting_cuts
-from splitft.adapt.cost import CostModel
-from splitft.adapt.schedule import step_seconds
+from splitft.adapt.cost import CostModel, PlanCost
+from splitft.adapt.schedule import adapter_share, step_seconds
 from splitft.types import Observation, Profile
 
 # A factor of slowness beyond this is an interruption, not a property of the device.
@@ -137,9 +138,8 @@ def measured_slowness(
         ratio, client = seen.busy_s / seen.predicted_s, seen.client
         if abs(ratio - 1.0) > 1e-9:
             cost = costs[client]
-            step = step_seconds(cost.cost(cost.plan(cuts[client])), profiles[client], cost.server)
-            own_s = step.client_s + step.link_s
-            ratio = (ratio * step.total_s - step.server_s) / own_s if own_s > 0.0 else 1.0
+            own_s, server_s = _parts(cost.cost(cost.plan(cuts[client])), cost, profiles[client])
+            ratio = (ratio * (own_s + server_s) - server_s) / own_s if own_s > 0.0 else 1.0
         else:
             ratio = 1.0
         after[client] += smoothing * (min(max(ratio, 1.0 / SLOWEST), SLOWEST) - after[client])
@@ -149,8 +149,13 @@ def measured_slowness(
 def _timed(cost: CostModel, profile: Profile) -> tuple[int, tuple[tuple[float, float], ...]]:
     """First cut, and (own seconds, server seconds) of it and the deeper ones that fit."""
     options = fitting_cuts(cost, profile)
-    steps = [step_seconds(option, profile, cost.server) for option in options]
-    return options[0].plan.cut, tuple((step.client_s + step.link_s, step.server_s) for step in steps)
+    return options[0].plan.cut, tuple(_parts(option, cost, profile) for option in options)
+
+
+def _parts(option: PlanCost, cost: CostModel, profile: Profile) -> tuple[float, float]:
+    """A client's own seconds of a step, its share of the transfers of adapters among them, and the server's."""
+    step, (adapters,) = step_seconds(option, profile, cost.server), adapter_share(option, profile, cost.local_steps)
+    return step.client_s + step.link_s + adapters.total_s, step.server_s
 
 
 def _table(timed: tuple[int, tuple[tuple[float, float], ...]], factor: float) -> Table:

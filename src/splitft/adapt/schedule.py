@@ -109,17 +109,29 @@ def round_seconds(costs: Sequence[CostModel], profiles: Sequence[Profile], cuts:
     """Seconds of one optimizer step, by the virtual clock, of a round where these clients run at these cuts; 0 for no clients.
 
     One entry per client. It plays `steps` optimizer steps of `micro` exchanges each over the network of the first cost model and
-    divides, so queueing for the server, shared links and pipelining are in it; transfers of adapters are not, since a few steps must
-    not bear the round's. More steps give the queue time to settle. Raises ConfigError for a cut out of range or `steps` below 1.
+    divides, so queueing for the server, shared links and pipelining are in it, and of the transfers of adapters the share that these
+    steps are of a round's. More steps give the queue time to settle. Raises ConfigError for a cut out of range or `steps` below 1.
     """
     if steps < 1:
         raise ConfigError(f"steps is {steps}; allowed is 1 or more.", "Play at least one step.")
     clients = list(zip(costs, profiles, cuts, strict=True))
     if not clients:
         return 0.0
-    known = {(cost, profile, cut): step_stages(cost.cost(cost.plan(cut)), profile, cost.server) for cost, profile, cut in set(clients)}
-    played = [ClientSchedule(number, (known[client],) * (steps * micro), micro=micro) for number, client in enumerate(clients)]
+    known = {}
+    for cost, profile, cut in set(clients):
+        own = cost.cost(cost.plan(cut))
+        known[cost, profile, cut] = step_stages(own, profile, cost.server), adapter_share(own, profile, cost.local_steps, steps)
+    played = [
+        ClientSchedule(number, (known[client][0],) * (steps * micro), after=known[client][1], micro=micro)
+        for number, client in enumerate(clients)
+    ]
     return simulate_round(played, timeline_steps=0, network=costs[0].network).duration_s / steps
+
+
+def adapter_share(cost: PlanCost, profile: Profile, local_steps: int, steps: int = 1) -> Step:
+    """The part of a round's transfers of adapters, both ways, that `steps` of its `local_steps` have to bear."""
+    down, up = _down(ADAPTERS_DOWN, cost.adapters_down_bytes, profile), _up(ADAPTERS_UP, cost.adapters_up_bytes, profile)
+    return (Stage(ADAPTERS_UP, "link", (down.total_s + up.total_s) * steps / local_steps),)
 
 
 def _up(kind: str, byte_count: float, profile: Profile) -> Stage:

@@ -10,7 +10,7 @@ from splitft.adapt.balance import Table, optimum_s, tables, windows
 from splitft.adapt.base import Policy, State, check_number
 from splitft.adapt.cost import CostModel
 from splitft.adapt.measured import Measured, planning
-from splitft.adapt.schedule import step_stages
+from splitft.adapt.schedule import adapter_share, step_stages
 from splitft.adapt.state import Fleet, cuts_of, recall
 from splitft.clock import ClientSchedule, Step, simulate_round
 from splitft.types import ModelShape, Observation, Profile
@@ -40,7 +40,7 @@ class Measure:
     limit: int
     known: dict[Cuts, float] = field(default_factory=dict)
     _kinds: list[int] = field(default_factory=list)
-    _steps: dict[tuple[int, int], Step] = field(default_factory=dict)
+    _steps: dict[tuple[int, int], tuple[Step, Step]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         clients = list(zip(self.fleet.costs, self.fleet.profiles, strict=True))
@@ -57,16 +57,18 @@ class Measure:
     def seconds(self, cuts: Cuts) -> float:
         """Seconds of an optimizer step of the round."""
         if cuts not in self.known:
-            played = [ClientSchedule(client, (self._step(client, cut),) * STEPS) for client, cut in enumerate(cuts)]
+            stages = [self._step(client, cut) for client, cut in enumerate(cuts)]
+            played = [ClientSchedule(client, (step,) * STEPS, after=share) for client, (step, share) in enumerate(stages)]
             self.known[cuts] = simulate_round(played, timeline_steps=0, network=self.fleet.costs[0].network).duration_s / STEPS
         return self.known[cuts]
 
-    def _step(self, client: int, cut: int) -> Step:
-        """The stages of a client's step; equal clients share them."""
+    def _step(self, client: int, cut: int) -> tuple[Step, Step]:
+        """The stages of a client's step, and what its adapters add to so many; equal clients share them."""
         place = self._kinds[client], cut
         if place not in self._steps:
             cost = self.fleet.costs[client]
-            self._steps[place] = step_stages(cost.cost(cost.plan(cut)), self.fleet.profiles[client], cost.server)
+            own, profile = cost.cost(cost.plan(cut)), self.fleet.profiles[client]
+            self._steps[place] = step_stages(own, profile, cost.server), adapter_share(own, profile, cost.local_steps, STEPS)
         return self._steps[place]
 
 
