@@ -122,9 +122,27 @@ def quality_table(name: str) -> str:
     return table(head, rows)
 
 
+def fleets_table() -> str:
+    """Seconds of a first round by fleet and server."""
+    found = json.loads((RESULTS / "fleets.json").read_text(encoding="utf-8"))
+    columns = (
+        "best uniform cut",
+        "combined",
+        "combined, work balanced",
+        "adaptive",
+        "cut 3, shared server set",
+        "whole model on every client",
+    )
+    rows = []
+    for row in found:
+        cells = [f"{row['fleet']}, {row['server']}", f"{row[columns[0]]:.2f} (cut {row['best cut']:.0f})"]
+        rows.append([*cells, *(f"{row[name]:.2f}" for name in columns[1:])])
+    return table(("fleet, server", *columns), rows)
+
+
 def page() -> str:
     """docs/results.md: the reading, with each `{{table ...}}` line replaced by its table."""
-    makers: dict[str, Callable[..., str]] = {"time": time_table, "quality": quality_table}
+    makers: dict[str, Callable[..., str]] = {"time": time_table, "quality": quality_table, "fleets": fleets_table}
     lines = []
     for line in PROSE.read_text(encoding="utf-8").splitlines():
         if line.startswith("{{") and line.endswith("}}"):
