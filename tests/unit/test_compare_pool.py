@@ -15,7 +15,8 @@ import pytest
 
 from splitft.apps import compare_pool, compare_work
 from splitft.apps.compare_plan import PlannedRun
-from splitft.apps.compare_pool import Outcome, Pool, Worker, asked_to_stop, environment, lock
+from splitft.apps.compare_pool import Outcome, Pool, Worker, environment, lock
+from splitft.apps.signals import asked_to_stop
 from splitft.config import RunConfig
 from splitft.errors import ConfigError, Interrupted
 
@@ -129,7 +130,7 @@ def test_no_worker_outlives_an_error_of_the_command(pids: list[int], tmp_path: P
 def test_the_first_signal_asks_and_the_second_interrupts() -> None:
     said: list[str] = []
     before = signal.getsignal(signal.SIGTERM)
-    with asked_to_stop(said.append) as stop:
+    with asked_to_stop(lambda: said.append("asked")) as stop:
         assert not stop()
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop()

@@ -116,7 +116,7 @@ def build_components(config: RunConfig) -> Components:
     names = {"data": "source"}
     components = Components(**{names.get(seam, seam): built[seam] for seam in seams})
     if clashes := tuple(clashes_of(config, components)):
-        raise ConfigError(f"The methods do not fit together: {clashes[0]}.", "docs/methods.md says what goes with what.", clashes)
+        raise ConfigError("The chosen methods do not fit together.", "docs/methods.md says what goes with what.", clashes)
     return components
 
 

@@ -19,12 +19,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from splitft import __version__
 from splitft.apps.compare_page import render_markdown, render_page, terminal_table
 from splitft.apps.compare_plan import PlannedRun, Request, Variant, expand
-from splitft.apps.compare_pool import Outcome, Pool, asked_to_stop, lock
+from splitft.apps.compare_pool import Outcome, Pool, lock
 from splitft.apps.compare_record import Comparison, build_comparison, figures_of, to_json
 from splitft.apps.console import usable_cores
 from splitft.apps.report_files import write_atomically
 from splitft.apps.report_record import load_record
 from splitft.apps.report_text import number_text, plural
+from splitft.apps.signals import asked_to_stop
 from splitft.clock import utc_now
 from splitft.config import RunConfig, load_config
 from splitft.errors import CheckpointError, ConfigError, Interrupted
@@ -218,7 +219,10 @@ def _run_missing(missing: Sequence[PlannedRun], place: Path, options: Options, c
     say = display.progress.console.print
     _say(console, f"{plural(size, 'worker')} side by side; logs in {logs}" if size > 1 else f"1 worker; its log is in {logs}")
     threads = max(run.config.engine.threads for run in missing)
-    with asked_to_stop(lambda text: say(text, style="yellow")) as stop, display.progress:
+    with (
+        asked_to_stop(lambda: say("stopping after the current steps; once more to stop at once", style="yellow")) as stop,
+        display.progress,
+    ):
         try:
             outcomes = Pool(size, threads, place / "runs", logs, display.listen).run(missing, stop)
         except KeyboardInterrupt:

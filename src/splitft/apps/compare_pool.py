@@ -13,7 +13,7 @@ import subprocess
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal
@@ -21,7 +21,7 @@ from typing import IO, TYPE_CHECKING, Any, Literal
 from splitft.apps.compare_plan import PlannedRun
 
 if TYPE_CHECKING:
-    from types import FrameType
+    pass
 
 POLL_S = 0.2
 PATIENCE_S = 10.0
@@ -100,26 +100,6 @@ def start_worker(number: int, logs: Path, threads: int) -> Worker:
             start_new_session=True,
         )
     return Worker(process, log)
-
-
-@contextmanager
-def asked_to_stop(say: Callable[[str], None]) -> Iterator[Callable[[], bool]]:
-    """Ctrl-C and SIGTERM as a question that can be asked: stop? The second one raises KeyboardInterrupt."""
-    asked = False
-
-    def ask(number: int, frame: FrameType | None) -> None:
-        nonlocal asked
-        if asked:
-            raise KeyboardInterrupt
-        asked = True
-        say("stopping after the current steps; once more to stop at once")
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 class Pool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import signal
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 from splitft import __version__
 from splitft.apps.assemble import Assembly, assemble
 from splitft.apps.report_files import write_atomically
+from splitft.apps.signals import asked_to_stop
 from splitft.clock import utc_now
 from splitft.config import RunConfig, load_config
 from splitft.engine import checkpoint
@@ -28,7 +28,7 @@ from splitft.peft_format import write_adapter
 from splitft.types import Key, ModelShape
 
 if TYPE_CHECKING:
-    from types import FrameType
+    pass
 
 # What the state in a checkpoint was made for: it would contradict another value.
 STATEFUL = ("policy", "ranks", "aggregator", "synchronisation", "split", "network")
@@ -295,28 +295,18 @@ def stoppable(folder: Path, say: Callable[[str], None] = lambda text: None) -> I
 
     The first signal is acknowledged through `say`, a second one stops at once. The remedy names what can be done: resume, or start again.
     """
-    asked = False
-
-    def ask(number: int, frame: FrameType | None) -> None:
-        nonlocal asked
-        if asked:
-            raise KeyboardInterrupt
-        asked = True
-        say("stopping after this step; once more to stop at once")
 
     def remedy() -> str:
         begun = checkpoint.exists(folder)
         return f"go on with: splitft run --resume {folder}" if begun else "nothing was trained yet: start it again when you like."
 
-    def check() -> None:
-        if asked:
-            raise Interrupted("Stopped; everything up to the last finished round is on disk.", remedy())
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield check
+        with asked_to_stop(lambda: say("stopping after this step; once more to stop at once")) as asked:
+
+            def check() -> None:
+                if asked():
+                    raise Interrupted("Stopped; everything up to the last finished round is on disk.", remedy())
+
+            yield check
     except KeyboardInterrupt as problem:
         raise Interrupted("Stopped at once; everything up to the last finished round is on disk.", remedy()) from problem
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
