@@ -44,7 +44,7 @@ format: $(READY) ## rewrite the source in the house style
 docs: $(READY) ## write the generated pages of docs/
 	$(BIN)/python tools/docs.py
 
-bench: $(READY) ## run every benchmark in benchmarks/
+bench: $(READY) ## measure everything of docs/benchmarks.md: about 25 minutes (Flower too: ARGS="--flower-python PATH")
 	$(BIN)/python -m benchmarks $(ARGS)
 
 clean: ## remove caches and build products; .venv and runs/ stay

@@ -23,8 +23,9 @@ def announce(line: str) -> None:
 def main(overrides: list[str]) -> None:
     """The command itself, with a listener beside its own."""
     console.prepare_process()
-    from splitft.apps import cli, session
-    from splitft.config import RunConfig
+    with console.starting():  # as the command does
+        from splitft.apps import cli, session
+        from splitft.config import RunConfig
 
     announce("torch and transformers imported")
 

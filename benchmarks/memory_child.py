@@ -22,12 +22,14 @@ import torch
 from benchmarks import setups
 from benchmarks.setups import Case
 from benchmarks.stock import Unsplit, quiet
+from splitft.apps.console import keep_memory
 from splitft.engine.client import Client, expect
 from splitft.engine.cohort import CohortExecutor
 from splitft.engine.exchange import encode_vector, round_start_frame, take
 from splitft.engine.settings import ClientState, same_start
 from splitft.lora import Layout
 from splitft.messages import RoundAccepted, Type, round_frame, step_frame
+from splitft.models.attention import register
 from splitft.models.load import load_model
 from splitft.types import Key, Plan
 
@@ -54,9 +56,10 @@ def forget_peak() -> bool:
 
 
 def unsplit(case: Case, folder: str) -> Step:
-    """Stock PEFT on the whole model, built at random or read from `folder`."""
-    model = load_whole(case, folder) if folder else setups.build_model(case.model, case.dtype)
-    rival = Unsplit(model, case.dtype)
+    """Stock PEFT on the whole model, built at random or read from `folder`; bfloat16 means float32 weights under autocast."""
+    whole = setups.with_dtype(case, "float32")
+    model = load_whole(whole, folder) if folder else setups.build_model(case.model, whole.dtype)
+    rival = Unsplit(model, autocast=case.dtype == "bfloat16")
     draw = torch.Generator().manual_seed(0)
     ids = torch.randint(3, int(model.config.vocab_size), (case.clients, case.tokens), generator=draw)
     return lambda: [rival.step(ids) for _ in range(case.steps)]
@@ -68,7 +71,7 @@ def load_whole(case: Case, folder: str) -> Any:
 
 def cohort(case: Case, folder: str) -> Step:
     """All clients and the server in one process."""
-    split = setups.split_model(setups.build_model(case.model, case.dtype, setups.split_attention(case.dtype)))
+    split = setups.cohort_model(setups.build_model(case.model, case.dtype))
     federation = setups.federation(case, split, setups.CODECS["cast"])
     executor, start = CohortExecutor(federation), federation.layout.initial_row(0)
     return lambda: executor.train(setups.round_plan(case, split.blocks), 0, same_start(start), {}, lambda count: None)
@@ -78,7 +81,7 @@ def client(case: Case, folder: str) -> Step:
     """One real client that has read only the blocks in front of its cut (the exit is the server's); the server's replies are zeros."""
     config, cut = setups.model_config(case.model), 2
     owned = list(range(cut))
-    model = load_model(folder, config, setups.DTYPES[case.dtype], setups.split_attention(case.dtype), owned, needs_exit=False)
+    model = load_model(folder, config, setups.DTYPES[case.dtype], register(), owned, needs_exit=False)
     split = setups.split_model(model, owned)
     keys = {Key(block, key.module): width for key, width in split.keys.items() if key.block == 0 for block in range(split.blocks)}
     federation = setups.federation(case, split, setups.CODECS["cast"], Layout.of(keys, setups.RANK, setups.ALPHA / setups.RANK))
@@ -120,6 +123,8 @@ def main(given: str) -> dict[str, Any]:
     fields = json.loads(given)
     kind, folder = fields.pop("kind"), fields.pop("folder", "")
     case = Case(**fields)
+    if kind in ("cohort", "client"):
+        keep_memory()  # as the command does, at the price of what it keeps
     torch.mm(torch.ones(64, 64), torch.ones(64, 64))  # the mathematics library takes its own memory at the first call
     baseline = resident_bytes(peak=False)
     forget_peak()

@@ -1,4 +1,4 @@
-"""What a measurement leaves behind: a JSON file with its machine, versions and timings, and the tables of docs/benchmarks.md."""
+"""What a measurement leaves behind: a JSON file with its machine, versions and timings, and the tables and plots of docs/benchmarks.md."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import platform
 import re
 import sys
 from collections.abc import Iterator
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,15 @@ NOTHING_YET = "No measurement is recorded yet: `make bench` writes one here."
 PACKAGES = ("splitft", "torch", "transformers", "peft", "numpy")
 FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16", "sve")
 SCHEMA = 1
-TITLES = {"throughput": "Speed", "memory": "Memory", "startup": "Start-up"}
+TITLES = {
+    "throughput": "Speed",
+    "flower": "Beside Flower",
+    "growth": "Ten to a thousand clients",
+    "memory": "Memory of a process",
+    "codecs": "Codecs at the cut",
+    "floors": "Time over the floor",
+    "startup": "Start-up",
+}
 Rows = list[dict[str, Any]]
 
 
@@ -81,13 +90,15 @@ def newest_sections(folder: Path = RESULTS) -> dict[str, Any]:
 
 def render(sections: dict[str, Any]) -> str:
     """The text between the markers."""
-    from benchmarks import memory, startup, throughput
+    from benchmarks.plots import PLOTS, file_name
 
-    tables = {"throughput": throughput.table, "memory": memory.table, "startup": startup.table}
     parts = []
     for name, title in TITLES.items():
         if name in sections:
-            parts += [f"## {title}", tables[name](sections[name]["rows"]), _conditions(sections[name])]
+            parts.append(f"## {title}")
+            if name in PLOTS:
+                parts.append(f"![{PLOTS[name][1]}](images/{file_name(name)})")
+            parts += [import_module(f"benchmarks.{name}").table(sections[name]["rows"]), _conditions(sections[name])]
     return "\n\n".join(parts) or NOTHING_YET
 
 

@@ -5,17 +5,19 @@ Axes: n clients, t tokens of a client, d width.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import GPT2Config, PreTrainedModel
 
 from splitft.compress.base import Codec
 from splitft.compress.cast import Cast
 from splitft.compress.identity import Identity
+from splitft.compress.quantize import Quantize
 from splitft.data.base import ClientData, TokenRows
 from splitft.data.order import BatchOrder
 from splitft.engine.settings import Federation, TrainSettings
@@ -31,7 +33,8 @@ from splitft.types import Plan, RoundPlan
 
 RANK, ALPHA, TARGETS = 8, 16.0, ("c_attn", "c_proj", "c_fc")
 LEARNING_RATE, WEIGHT_DECAY, CLIP_NORM = 1e-4, 0.01, 1.0
-CODECS: dict[str, Codec] = {"cast": Cast("bfloat16"), "identity": Identity()}
+CODECS: dict[str, Codec] = {"cast": Cast("bfloat16"), "identity": Identity(), "int8": Quantize(bits=8)}
+Model = TypeVar("Model", bound=nn.Module)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 MODELS = {
     "embedded": "the embedded model: GPT-2 layout, 8 blocks × 256, vocabulary 4,096",
@@ -63,6 +66,14 @@ class Case:
         return {"model": self.model, "dtype": self.dtype, "clients": self.clients, "tokens": self.tokens, "steps": self.steps}
 
 
+def with_steps(case: Case, steps: int) -> Case:
+    return replace(case, steps=steps)
+
+
+def with_dtype(case: Case, dtype: str) -> Case:
+    return replace(case, dtype=dtype)
+
+
 def model_config(name: str) -> Any:
     """The transformers configuration of one of MODELS, without dropout."""
     return load_model_config("embedded") if name == "embedded" else without_dropout(GPT2Config(**_SHAPES[name]))
@@ -79,9 +90,16 @@ def build_model(name: str, dtype: str, attention: str = "sdpa") -> PreTrainedMod
     return model.to(DTYPES[dtype]).requires_grad_(False)
 
 
-def split_attention(dtype: str) -> str:
-    """The attention splitft takes by itself on a CPU."""
-    return register_attention() if dtype == "bfloat16" else "sdpa"
+def sharing(model: Model) -> Model:
+    """A copy of `model` with modules of its own over the same frozen weights: a contestant may rebuild it, and weights are held once."""
+    return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters() if not parameter.requires_grad})
+
+
+def cohort_model(model: PreTrainedModel) -> SplitModel:
+    """A copy of `model` over the same weights as the engine trains it on a CPU: with its attention, slots, adapters on all projections."""
+    own = sharing(model)
+    own.set_attn_implementation(register_attention())
+    return split_model(own)
 
 
 def split_model(model: PreTrainedModel, owned: list[int] | None = None) -> SplitModel:

@@ -1,155 +1,228 @@
-"""Tokens per second: splitft's executors against unsplit stock PEFT on the same tokens, and against the usual loop over split clients.
+"""Tokens per second: splitft's cohort against stock PEFT, against the usual loop over split clients, and against a bare bank of adapters.
 
-A sample is one round of a few local steps, opening and closing messages included; stock training does the same number of optimizer
-steps. All contestants run interleaved in one process and must start from the same loss.
+All contestants of a case run interleaved in one process over shared frozen weights, and must start from the loss of the base model.
 """
 
 from __future__ import annotations
 
-import copy
+import math
 import statistics
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+
 from benchmarks import setups
+from benchmarks.bare_bank import BareBank
 from benchmarks.setups import Case
 from benchmarks.stock import SequentialLoop, Unsplit, quiet
-from benchmarks.timing import interleave, median_ratio, spread
+from benchmarks.throughput_tables import table
+from benchmarks.timing import median_ratio, spread, take_turns
 from splitft.engine.cohort import CohortExecutor
-from splitft.engine.settings import Federation, same_start
-from splitft.engine.workers import WorkersExecutor
-from splitft.transport.inproc import InProcess
+from splitft.engine.settings import Federation
 
-REFERENCE = "peft"
-WAYS = {
-    "peft": "PEFT, unsplit",
-    "cohort-cast": "cohort, bf16 at the cut",
-    "cohort-identity": "cohort, exact cut",
-    "workers-cast": "workers, bf16 at the cut",
-    "sequential": "PEFT, split loop",
+__all__ = ["QUICK", "Scope", "measure", "table"]
+
+FLOAT, HALF = "float32", "bfloat16"
+# One after the other takes as many times as long for as many times the clients, so that eight are timed for more.
+LOOP_CLIENTS = 8
+# A rival's batch: the tokens of all clients up to this number, whose logits alone take 130 and 400 MB; of more clients an equal part.
+BATCH_TOKENS = {"embedded": 8192, "gpt2-small": 2048, "tiny": 256}
+# From here on a sample is long enough to need no run before it.
+LONG_TOKENS = 4096
+SIZES: dict[str, tuple[tuple[int, int], ...]] = {
+    "embedded": ((8, 64), (8, 128), (8, 256), (64, 64), (64, 128), (64, 256), (1000, 64)),
+    "gpt2-small": ((8, 64), (8, 128), (8, 256), (64, 64)),
+    "tiny": ((2, 8), (8, 8)),
 }
-WORKER_CLIENTS = (4,)
-STEPS = {"embedded": 4, "gpt2-small": 2, "tiny": 2}
-CLIENTS: dict[str, tuple[int, ...]] = {"embedded": (1, 4, 16), "gpt2-small": (1, 4), "tiny": (1, 4)}
+# Tokens of a sample, so that small batches are timed over several steps.
+SAMPLE_TOKENS = {"embedded": 1024, "gpt2-small": 512, "tiny": 64}
 
-Train = Callable[[], list[float]]
+
+@dataclass(frozen=True)
+class Timing:
+    """One sample: seconds of an optimizer step of all timed clients, of a round beside its steps, and the loss before the first step."""
+
+    step_s: float
+    loss: float
+    round_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A way of training `clients` of the case's clients."""
+
+    way: str
+    precision: str
+    clients: int
+    run: Callable[[], Timing]
+
+    @property
+    def name(self) -> str:
+        return f"{self.way} {self.precision}"
 
 
 @dataclass(frozen=True)
 class Scope:
-    """What to measure; empty means the default of the model."""
+    """What to measure; empty or 0 means the default of the model."""
 
     models: tuple[str, ...] = ("embedded", "gpt2-small")
-    dtypes: tuple[str, ...] = ("float32",)
     clients: tuple[int, ...] = ()
-    tokens: tuple[int, ...] = (64, 128, 256)
+    tokens: tuple[int, ...] = ()
     repeats: int = 5
     steps: int = 0
 
     def cases(self) -> Iterator[Case]:
-        for model, dtype in product(self.models, self.dtypes):
-            for clients, tokens in product(self.clients or CLIENTS[model], self.tokens):
-                yield Case(model, dtype, clients, tokens, self.steps or STEPS[model])
+        for model in self.models:
+            sizes: Iterable[tuple[int, int]] = SIZES[model]
+            if self.clients or self.tokens:
+                sizes = product(self.clients or (8, 64), self.tokens or (64, 128, 256))
+            for clients, tokens in sizes:
+                yield Case(model, FLOAT, clients, tokens, self.steps or max(1, SAMPLE_TOKENS[model] // (clients * tokens)))
 
 
-QUICK = Scope(models=("embedded",), clients=(1, 4), tokens=(64,), repeats=2, steps=1)
+QUICK = Scope(models=("embedded",), clients=(8,), tokens=(64,), repeats=2, steps=1)
 
 
-def train_split(executor: CohortExecutor | WorkersExecutor, base: Federation, case: Case) -> Train:
-    """A round of the executor from the same start each time; the mean loss of the clients at each step."""
-    plan, start = setups.round_plan(case, base.split.blocks), base.layout.initial_row(0)
+def stock_way(rival: Unsplit | SequentialLoop | BareBank, batches: Sequence[Tensor]) -> Callable[[], Timing]:
+    """Step after step over the batches [n t]."""
 
-    def train() -> list[float]:
-        result = executor.train(plan, 0, same_start(start), {}, lambda count: None)
-        return [statistics.fmean(step) for step in zip(*result.step_losses, strict=True)]
+    def run() -> Timing:
+        begin = time.perf_counter()
+        losses = [rival.step(ids) for ids in batches]
+        return Timing((time.perf_counter() - begin) / len(batches), losses[0])
 
-    return train
-
-
-def train_stock(rival: Unsplit | SequentialLoop, base: Federation, case: Case) -> Train:
-    """The same batches, step by step."""
-    batches = setups.step_batches(base, case.steps)
-    return lambda: [rival.step(ids) for ids in batches]
+    return run
 
 
-def contestants(case: Case) -> dict[str, Train]:
-    """Every way of training in this case, by its name in WAYS."""
-    model = setups.build_model(case.model, case.dtype)
-    rivals = {REFERENCE: Unsplit(copy.deepcopy(model), case.dtype)}
-    loop = SequentialLoop(model, setups.cuts(case.clients, int(model.config.n_layer)), case.dtype)
-    split = setups.split_model(setups.build_model(case.model, case.dtype, setups.split_attention(case.dtype)))
-    cast = setups.federation(case, split, setups.CODECS["cast"])
-    exact = setups.with_codec(cast, setups.CODECS["identity"])
-    ways = {
-        REFERENCE: train_stock(rivals[REFERENCE], cast, case),
-        "cohort-cast": train_split(CohortExecutor(cast), cast, case),
-        "cohort-identity": train_split(CohortExecutor(exact), exact, case),
-    }
-    if case.clients in WORKER_CLIENTS:
-        ways["workers-cast"] = train_split(WorkersExecutor(cast, InProcess(), deterministic=False), cast, case)
-    return ways | {"sequential": train_stock(loop, cast, case)}
+class StepClock:
+    """Adds up the seconds of a round's steps. A cohort's opening ends with the last client's start; what follows until `step` is called
+    belongs to a step, what follows the last step closes the cohort."""
+
+    def __init__(self) -> None:
+        self.steps_s = 0.0
+        self.mark = time.perf_counter()
+
+    def opened(self, start: Tensor) -> Tensor:
+        self.mark = time.perf_counter()
+        return start
+
+    def step(self, count: int) -> None:
+        now = time.perf_counter()
+        self.steps_s, self.mark = self.steps_s + now - self.mark, now
 
 
-def require_same_start(case: Case, losses: dict[str, float]) -> None:
-    """A comparison of unlike work is worth nothing: the loss before the first step must agree."""
-    reference = losses[REFERENCE]
-    for name, loss in losses.items():
-        exact = case.dtype == "float32" and not name.endswith("cast")
-        if not abs(loss - reference) <= (1e-4 if exact else 1e-2) * reference:  # so that NaN fails
-            raise RuntimeError(f"{name} starts from loss {loss:.6f}, {REFERENCE} from {reference:.6f}: they do not train the same thing.")
+def cohort_way(base: Federation, case: Case) -> Callable[[], Timing]:
+    """A round of the engine from the same start each time; messages that open and close it are told apart from its steps."""
+    executor, start = CohortExecutor(base), base.layout.initial_row(0)
+    plan = setups.round_plan(case, base.split.blocks)
+
+    def run() -> Timing:
+        clock, begin = StepClock(), time.perf_counter()
+        result = executor.train(plan, 0, lambda one: clock.opened(start), {}, clock.step)
+        whole_s = time.perf_counter() - begin
+        return Timing(clock.steps_s / case.steps, statistics.fmean(one[0] for one in result.step_losses), whole_s - clock.steps_s)
+
+    return run
 
 
-def measure_case(case: Case, repeats: int) -> list[dict[str, Any]]:
-    """One row per way of training."""
-    quiet()
-    ways = contestants(case)
-    require_same_start(case, {name: train()[0] for name, train in ways.items()})
-    samples = interleave(ways, repeats)
-    tokens, reference = case.steps * case.step_tokens, samples[REFERENCE]
-    return [
-        case.facts()
-        | {
-            "way": name,
-            "repeats": repeats,
-            "step_s": statistics.median(one.wall_s) / case.steps,
-            "tokens_per_s": tokens / statistics.median(one.wall_s),
-            "speed_to_peft": median_ratio(reference.wall_s, one.wall_s),
-            "processor_speed_to_peft": median_ratio(reference.processor_s, one.processor_s),
-            "spread": spread(one.wall_s),
-            "wall_s": one.wall_s,
+def timed_clients(case: Case) -> int:
+    """How many clients' sequences a rival takes as one batch."""
+    return case.clients // math.ceil(case.step_tokens / BATCH_TOKENS[case.model])
+
+
+def contestants(case: Case, weights: Mapping[str, PreTrainedModel]) -> tuple[list[Contestant], Tensor]:
+    """Every way of training in this case, and the tokens [n t] of the first step. All share `weights`, the model in each precision."""
+    splits = {kind: setups.cohort_model(model) for kind, model in weights.items()}
+    bases = {kind: setups.federation(case, split, setups.CODECS["cast"]) for kind, split in splits.items()}
+    batches = setups.step_batches(bases[FLOAT], case.steps)
+    few, batch = min(LOOP_CLIENTS, case.clients), timed_clients(case)
+    cuts = setups.cuts(case.clients, splits[FLOAT].blocks)[:few]
+    found = []
+    for kind in (FLOAT, HALF):
+        rivals: dict[str, tuple[int, Unsplit | SequentialLoop | BareBank]] = {
+            "peft": (batch, Unsplit(weights[FLOAT], kind == HALF)),
+            "loop": (few, SequentialLoop(weights[FLOAT], cuts, kind == HALF)),
+            "bare": (batch, BareBank(weights[kind], batch)),
         }
-        for name, one in samples.items()
-    ]
+        found += [Contestant(way, kind, some, stock_way(rival, [ids[:some] for ids in batches])) for way, (some, rival) in rivals.items()]
+        found.append(Contestant("cohort", kind, case.clients, cohort_way(bases[kind], case)))
+    return found, batches[0]
+
+
+def base_losses(model: Any, ids: Tensor) -> list[float]:
+    """The loss of the model without adapters on each row of ids [n t]: what every contestant must begin with."""
+    found: list[float] = []
+    with torch.no_grad():
+        for rows in torch.split(ids, 16):
+            logits = model(input_ids=rows, use_cache=False).logits[:, :-1]
+            found += F.cross_entropy(logits.transpose(1, 2), rows[:, 1:], reduction="none").mean(1).tolist()
+    return found
+
+
+def require_same_start(case: Case, contestant: Contestant, loss: float, expected: float) -> None:
+    """A comparison of unlike work is worth nothing: the loss before the first step must be the base model's on the same tokens."""
+    exact = contestant.precision == FLOAT and contestant.way in ("peft", "loop")
+    if not abs(loss - expected) <= (1e-4 if exact else 1e-2) * expected:  # so that NaN fails
+        raise RuntimeError(
+            f"{contestant.name} starts from loss {loss:.6f}, the model has {expected:.6f}: they do not train the same thing ({case})."
+        )
+
+
+def measure_case(case: Case, weights: Mapping[str, PreTrainedModel], repeats: int) -> list[dict[str, Any]]:
+    """One row per contestant."""
+    quiet()
+    ways, ids = contestants(case, weights)
+    first = {one.name: one.run() for one in ways} if case.step_tokens < LONG_TOKENS else {}
+    samples = take_turns({one.name: one.run for one in ways}, repeats)
+    losses = base_losses(weights[FLOAT], ids)
+    for one in ways:
+        begun = first.get(one.name, samples[one.name][0])
+        require_same_start(case, one, begun.loss, statistics.fmean(losses[: one.clients]))
+    return rows_of(case, ways, samples)
+
+
+def rows_of(case: Case, ways: Sequence[Contestant], samples: Mapping[str, Sequence[Timing]]) -> list[dict[str, Any]]:
+    """Seconds of one client's step in every sample, tokens per second, and the ratios to the rivals within each repeat."""
+    seconds = {one.name: [sample.step_s / one.clients for sample in samples[one.name]] for one in ways}
+
+    def better(way: str) -> str:
+        return min((f"{way} {kind}" for kind in (FLOAT, HALF)), key=lambda name: statistics.median(seconds[name]))
+
+    rows = []
+    for one in ways:
+        own = seconds[one.name]
+        rivals = {"peft": f"peft {FLOAT}", "best_peft": better("peft"), "best_loop": better("loop"), "bare": f"bare {one.precision}"}
+        rows.append(
+            {name: value for name, value in case.facts().items() if name != "dtype"}
+            | {
+                "way": one.way,
+                "precision": one.precision,
+                "timed_clients": one.clients,
+                "tokens_per_s": case.tokens / statistics.median(own),
+                "speed_to": {name: median_ratio(seconds[rival], own) for name, rival in rivals.items()},
+                "spread": spread(own),
+                "round_s": statistics.median(sample.round_s for sample in samples[one.name]),
+                "client_step_s": own,
+            }
+        )
+    return rows
 
 
 def measure(scope: Scope, say: Callable[[str], None]) -> list[dict[str, Any]]:
     rows = []
-    for case in scope.cases():
-        found = measure_case(case, scope.repeats)
-        rows += found
-        head = f"{case.model} {case.dtype}, {case.clients} x {case.tokens}: peft {found[0]['tokens_per_s']:,.0f} tokens/s"
-        say("; ".join([head, *(f"{row['way']} {row['speed_to_peft']:.2f} x" for row in found[1:])]))
+    for model in scope.models:
+        weights = {kind: setups.build_model(model, kind) for kind in (FLOAT, HALF)}
+        for case in (one for one in scope.cases() if one.model == model):
+            begin = time.perf_counter()
+            found = measure_case(case, weights, scope.repeats)
+            rows += found
+            speeds = ", ".join(f"{row['way']} {row['precision']} {row['tokens_per_s']:,.0f}" for row in found)
+            say(f"{model}, {case.clients} x {case.tokens}: tokens/s {speeds} ({time.perf_counter() - begin:.0f} s)")
     return rows
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: one table per model and type; tokens per second, and how many times as fast as unsplit PEFT."""
-    parts = []
-    for model, dtype in dict.fromkeys((row["model"], row["dtype"]) for row in rows):
-        own = [row for row in rows if (row["model"], row["dtype"]) == (model, dtype)]
-        ways = [way for way in WAYS if any(row["way"] == way for row in own)]
-        parts += [f"**{setups.MODELS[model]}; {dtype} weights** (tokens per second)", ""]
-        parts += ["| clients × tokens | " + " | ".join(WAYS[way] for way in ways) + " |", "|---|" + "---:|" * len(ways)]
-        for size in dict.fromkeys((row["clients"], row["tokens"]) for row in own):
-            found = {row["way"]: row for row in own if (row["clients"], row["tokens"]) == size}
-            cells = [_cell(found[way], way == REFERENCE) if way in found else "" for way in ways]
-            parts.append(f"| {size[0]} × {size[1]} | " + " | ".join(cells) + " |")
-        parts.append("")
-    return "\n".join(parts).rstrip()
-
-
-def _cell(row: dict[str, Any], plain: bool) -> str:
-    speed = f"{row['tokens_per_s']:,.0f}"
-    return speed if plain else f"{speed} (**{row['speed_to_peft']:.2f}×**)"

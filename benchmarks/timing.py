@@ -6,32 +6,28 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from typing import TypeVar
+
+Result = TypeVar("Result")
 
 
-@dataclass
-class Samples:
-    """Wall and processor seconds of each repeat."""
-
-    wall_s: list[float] = field(default_factory=list)
-    processor_s: list[float] = field(default_factory=list)
-
-    def add(self, run: Callable[[], object]) -> None:
-        gc.collect()
-        processor, wall = time.process_time(), time.perf_counter()
-        run()
-        self.wall_s.append(time.perf_counter() - wall)
-        self.processor_s.append(time.process_time() - processor)
-
-
-def interleave(ways: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, Samples]:
-    """`repeats` timings of each way. One run of each after the other, and every repeat starts with another one."""
-    names, samples = list(ways), {name: Samples() for name in ways}
+def take_turns(ways: Mapping[str, Callable[[], Result]], repeats: int) -> dict[str, list[Result]]:
+    """`repeats` results of each way. One run of each after the other, and every repeat starts with another one."""
+    names = list(ways)
+    found: dict[str, list[Result]] = {name: [] for name in ways}
     for repeat in range(repeats):
         first = repeat % len(names)
         for name in names[first:] + names[:first]:
-            samples[name].add(ways[name])
-    return samples
+            gc.collect()
+            found[name].append(ways[name]())
+    return found
+
+
+def seconds(run: Callable[[], object]) -> float:
+    """Wall seconds of one call."""
+    begin = time.perf_counter()
+    run()
+    return time.perf_counter() - begin
 
 
 def median_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> float:

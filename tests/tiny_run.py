@@ -57,7 +57,7 @@ def tiny_config(folder: Path, **changes: Any) -> RunConfig:
         "name": "tiny",
         "seed": 1,
         "rounds": 3,
-        "model": {"path": str(model)},
+        "model": {"path": str(model), "dtype": "float32"},  # the same numbers on every processor
         "lora": {"rank": 2, "alpha": 4.0},
         "data": {"name": "text", "path": str(folder / "text.txt")},
         "tokens": {"block_tokens": 16},

@@ -35,6 +35,7 @@ from splitft.aggregate.zero_pad import ZeroPad
 from splitft.compress.base import Codec
 from splitft.compress.cast import Cast
 from splitft.compress.identity import Identity
+from splitft.compress.quantize import Quantize
 from splitft.data.base import Partition, Source
 from splitft.data.folder import ClientFolder
 from splitft.data.hub import HubDataset
@@ -78,6 +79,7 @@ PARTITIONS: Mapping[str, type[Partition]] = {
 CODECS: Mapping[str, type[Codec]] = {
     "identity": Identity,
     "cast": Cast,
+    "quantize": Quantize,
 }
 POLICIES: Mapping[str, type[Policy]] = {
     "fixed": Fixed,

@@ -86,9 +86,13 @@ class ModelSection(Section):
     revision: str = Field("", description="Branch, tag or commit on the hub; empty is the newest.")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto",
-        description='Type of the frozen weights; "auto": bfloat16 on GPUs and CPUs with matrix units, else float32. Adapters: float32.',
+        description='Type of the frozen weights; "auto": bfloat16 where the hardware multiplies it, else float32. Adapters: float32.',
     )
     attention: Literal["sdpa", "eager"] = Field("sdpa", description="Attention implementation of transformers.")
+    device_map: Literal["", "auto", "balanced", "sequential"] = Field(
+        "",
+        description="Spreads the blocks of a large model over the machine's GPUs (accelerate's device maps); empty: one device holds all.",
+    )
     self_check: bool = Field(
         True, description="Compare split with unsplit on a shrunken copy of the model at load time and refuse the model on any difference."
     )
@@ -222,25 +226,50 @@ class EvaluateSection(Section):
     """When and how the held-out rows are measured; always before the first round and after the last."""
 
     every_rounds: Count = Field(1, description="Rounds between evaluations.")
-    batch_size: Count = Field(8, description="Rows of an evaluation batch.")
+    batch_size: Count = Field(8, description="Rows of an evaluation batch; more of shorter rows, for as many tokens.")
     max_rows: CountOrZero = Field(0, description="Most held-out rows of each client and of the common slice; 0 takes all.")
 
 
 class EngineSection(Section):
     """What computes."""
 
-    name: Literal["cohort", "workers"] = Field(
+    name: Literal["cohort", "workers", "ray"] = Field(
         "cohort",
-        description='"cohort" computes many clients in one batched pass; "workers" lets client and server objects exchange messages.',
+        description='"cohort" computes many clients in one batched pass; "ray" spreads cohorts over the processes and machines of a Ray '
+        'cluster (extra: ray); "workers" lets client and server objects exchange messages.',
+    )
+    address: str = Field(
+        "", description='Ray to run on: "auto", "host:port" or "ray://host:port"; empty starts one on this machine for the run.'
+    )
+    actors: Annotated[int, Field(ge=0, le=100_000)] = Field(
+        0, description="Processes that train under Ray; 0 takes one per core or per engine.threads cores, at most one per cohort."
     )
     cohort_size: CountOrZero = Field(
-        0, description="Clients in one pass; 0 takes as many as have about 8,192 tokens together on a CPU, 65,536 on a GPU."
+        0,
+        description="Clients in one pass; 0 takes as many as fit memory_mb and have about 4,096 tokens together on a CPU, 65,536 on a GPU.",
+    )
+    memory_mb: CountOrZero = Field(
+        0,
+        description="Memory that training may take beside the base model, in megabytes; it bounds the clients in a pass. "
+        "0: half of what is free.",
+    )
+    store: Literal["memory", "disk"] = Field(
+        "memory",
+        description='Where clients\' adapters and moments lie while others train: in "memory", or on "disk", in memory-mapped files in the '
+        "run folder that are removed at the end. The numbers are the same.",
     )
     device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description='Device; "auto" takes CUDA, then MPS, then the processor.')
-    threads: Annotated[int, Field(ge=0, le=1024)] = Field(0, description="Threads of one process; 0 takes the cores this process may use.")
+    threads: Annotated[int, Field(ge=0, le=1024)] = Field(
+        0, description="Threads of one process; 0 takes the cores this process may use (under Ray: an actor's share of the cores)."
+    )
+    compile: bool = Field(
+        False,
+        description="Compile every block with torch.compile: some 20 s at the start, and measured not to pay on CPUs (docs/scaling.md).",
+    )
     deterministic: bool = Field(
         True,
-        description="Bit-for-bit repeatable: every worker gets a server pass of its own, and a run resumes only with as many threads.",
+        description="Bit-for-bit repeatable: every worker gets a server pass of its own, and a run resumes only with as many threads. "
+        "Under Ray adapters are added in the order of one process; false adds them as a tree.",
     )
 
 

@@ -154,6 +154,9 @@ def cross_check(config: RunConfig) -> Iterator[Problem]:
             "together they must leave something to train on (less than 1).",
             ("tokens.common_held_out",),
         )
+    for name in ("address", "actors"):
+        if config.engine.name != "ray" and (value := getattr(config.engine, name)):
+            yield Problem(f"engine.{name}", f'engine.{name} = {shown(value)}: needs engine.name = "ray".', ("engine.name",))
     if tokens.held_out == 0 and tokens.common_held_out == 0:
         yield Problem(
             "tokens.held_out",

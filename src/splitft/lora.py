@@ -12,16 +12,17 @@ Axes: n rows of the bank (clients), s sessions in a pass, r rank, i input width,
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
-from typing import Any
+from functools import cached_property
+from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from splitft.errors import AdapterError
+from splitft.products import FrozenConv1D, FrozenLinear, product
 from splitft.rng import torch_stream
 from splitft.types import Factors, Key
 
@@ -78,11 +79,21 @@ class Layout:
 
     def columns(self, first_block: int, end_block: int) -> slice:
         """Columns of the blocks first_block .. end_block - 1."""
-        inside = [entry for entry in self.entries if first_block <= entry.key.block < end_block]
-        if not inside:
-            end = next((entry.start for entry in self.entries if entry.key.block >= end_block), self.parameters)
-            return slice(end, end)
-        return slice(inside[0].start, inside[-1].end)
+        last = len(self._block_starts) - 1
+        end = self._block_starts[min(max(end_block, 0), last)]
+        return slice(min(self._block_starts[min(max(first_block, 0), last)], end), end)
+
+    @cached_property
+    def _block_starts(self) -> list[int]:
+        """The first column of every block, adapted or not, and behind them the number of columns."""
+        blocks = range(self.entries[-1].key.block + 1 if self.entries else 0)
+        starts = iter(self.entries)
+        found, entry = [], next(starts, None)
+        for block in blocks:
+            while entry is not None and entry.key.block < block:
+                entry = next(starts, None)
+            found.append(self.parameters if entry is None else entry.start)
+        return [*found, self.parameters]
 
     def active(self, ranks: Sequence[int]) -> Tensor:
         """Which columns [p] (bool) adapters of these ranks, one per entry, use: the first rows of A and the first columns of B."""
@@ -131,43 +142,114 @@ class Layout:
         return row
 
 
-@cache
-def _hear_layout_warning() -> None:
-    """Let torch say its once-per-process warning about strided gradients where nobody is disturbed.
+Rows: TypeAlias = Tensor | slice | None
 
-    Leaves are strided views on purpose; their gradients add up in place, so the layout costs nothing.
-    """
-    values = torch.zeros(2, 4)
-    leaf = values[:, :2].view(-1, 2, 1).detach().requires_grad_(True)
-    leaf.grad = torch.zeros(2, 4)[:, :2].view(-1, 2, 1)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        leaf.sum().backward()  # type: ignore[no-untyped-call]
+
+@dataclass(frozen=True)
+class Adapters:
+    """The adapters of one projection in one pass: A [s r i] and B [s o r] in the type of the computation, and where the gradients of the
+    sessions' bank rows go: views A [n r i], B [n o r] (None: not trained), rows as in `AdapterBank.add`."""
+
+    a: Tensor
+    b: Tensor
+    scale: float
+    a_gradients: Tensor | None
+    b_gradients: Tensor | None
+    rows: Rows
+
+    def low(self, inputs: Tensor) -> Tensor:
+        """A x^T [s r t] for inputs [s t i]. The narrow axis is never a product's last: on a CPU that alone is seven times as fast."""
+        return torch.bmm(self.a, inputs.transpose(1, 2))
+
+    def raise_(self, output: Tensor, low: Tensor) -> None:
+        """output [s t o] += scale * low^T B^T, in place."""
+        output.baddbmm_(low.transpose(1, 2), self.b.transpose(1, 2), alpha=self.scale)
+
+    def collect(self, inputs: Tensor, low: Tensor, gradient: Tensor) -> Tensor:
+        """Add the factors' gradients to the bank's for the gradient [s t o] of the output; returns that of `low` [s r t]."""
+        low_gradient = torch.bmm(self.b.transpose(1, 2), gradient.transpose(1, 2)).mul_(self.scale)
+        if self.a_gradients is not None:
+            _add_rows(self.a_gradients, self.rows, torch.bmm(low_gradient, inputs))
+        if self.b_gradients is not None:
+            _add_rows(self.b_gradients, self.rows, torch.bmm(low, gradient).mul_(self.scale).transpose(1, 2))
+        return low_gradient
+
+
+def _add_rows(total: Tensor, rows: Rows, part: Tensor) -> None:
+    """total[rows] += part, whatever their types; a row named twice gets both."""
+    if isinstance(rows, Tensor):
+        total.index_add_(0, rows.to(total.device), part.to(total))
+        return
+    start = 0 if rows is None else int(rows.start)
+    total[start : start + len(part)].add_(part.to(total.device))
 
 
 class LowRank(torch.autograd.Function):
-    """output [s t o] + scale * (inputs [s t i] A^T) B^T with A [s r i], B [s o r].
+    """output [s t o] plus the low-rank update of inputs [s t i], for a projection that computes its output in its own way.
 
-    The same as letting autograd do it, with the products arranged so that the narrow axis r is never the inner loop's last one: on a CPU
-    the gradient of B alone is seven times as fast that way, a whole step about a tenth.
+    `anchors` are the bank's leaves: they make the output part of the graph. Their gradients are added to the bank's directly.
     """
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, inputs: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-        low = torch.bmm(a, inputs.transpose(1, 2))  # [s r t]
-        ctx.save_for_backward(inputs, a, b, low)
-        ctx.scale = scale
-        return torch.baddbmm(output, low.transpose(1, 2), b.transpose(1, 2), alpha=scale)
+    def forward(ctx: Any, output: Tensor, inputs: Tensor, adapters: Adapters, *anchors: Tensor) -> Tensor:
+        low = adapters.low(inputs)
+        ctx.save_for_backward(inputs, low)
+        ctx.adapters = adapters
+        found = output.clone()
+        adapters.raise_(found, low)
+        return found
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, None]:
-        inputs, a, b, low = ctx.saved_tensors
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
+        inputs, low = ctx.saved_tensors
         (gradient,) = gradients
-        low_gradient = torch.bmm(b.transpose(1, 2), gradient.transpose(1, 2)).mul_(ctx.scale)  # [s r t]
-        a_gradient = torch.bmm(low_gradient, inputs) if ctx.needs_input_grad[2] else None
-        b_gradient = torch.bmm(low, gradient).mul_(ctx.scale).transpose(1, 2)
-        input_gradient = torch.bmm(low_gradient.transpose(1, 2), a) if ctx.needs_input_grad[1] else None
-        return gradient, input_gradient, a_gradient, b_gradient, None
+        low_gradient = ctx.adapters.collect(inputs, low, gradient)
+        input_gradient = torch.bmm(low_gradient.transpose(1, 2), ctx.adapters.a) if ctx.needs_input_grad[1] else None
+        return gradient, input_gradient, None, None, None
+
+
+class Projected(torch.autograd.Function):
+    """inputs [.. i] -> inputs W + bias plus the low-rank update, as one node: the update is added in place to the frozen product's result,
+    and in the backward to the frozen product's gradient, so that neither is read and written again. W [i o] may be a transposed view."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None, sessions: int, adapters: Adapters, *anchors: Tensor
+    ) -> Tensor:
+        flat = inputs.reshape(-1, inputs.shape[-1])
+        grouped = flat.view(sessions, -1, flat.shape[1])
+        output = product(flat, weight.T, bias)
+        low = adapters.low(grouped)
+        adapters.raise_(output.view(sessions, -1, output.shape[1]), low)
+        ctx.save_for_backward(grouped, low, weight)
+        ctx.adapters = adapters
+        return output.view(*inputs.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, None, None, None, None, None]:
+        inputs, low, weight = ctx.saved_tensors
+        (gradient,) = gradients
+        flat = gradient.reshape(-1, gradient.shape[-1])
+        low_gradient = ctx.adapters.collect(inputs, low, flat.view(len(inputs), -1, flat.shape[1]))
+        found = None
+        if ctx.needs_input_grad[0]:
+            found = product(flat, weight)
+            found.view(inputs.shape).baddbmm_(low_gradient.transpose(1, 2), ctx.adapters.a)
+            found = found.view(*gradient.shape[:-1], -1)
+        return found, None, None, None, None, None, None
+
+
+PLAIN = (nn.Linear, Conv1D, FrozenLinear, FrozenConv1D)
+
+
+def _plain_weight(base: nn.Module, inputs: Tensor) -> tuple[Tensor, Tensor | None] | None:
+    """Weight [i o] and bias of a projection that computes nothing but their product; None for any other (hooks, other layers, types)."""
+    if type(base) not in PLAIN or base._forward_hooks or base._forward_pre_hooks or hasattr(base, "_hf_hook"):
+        return None
+    weight, bias = base.weight, base.bias
+    if weight.dtype != inputs.dtype or weight.device != inputs.device or torch.is_autocast_enabled(inputs.device.type):
+        return None
+    return (weight if isinstance(base, Conv1D) else weight.T), bias  # type: ignore[return-value]
 
 
 def wide(device: torch.device) -> torch.dtype:
@@ -190,12 +272,12 @@ class AdapterBank:
         blocks: Iterable[int] | None = None,
         trained: Tensor | None = None,
     ) -> None:
-        _hear_layout_warning()
         self.layout = layout
         self.values = torch.zeros(rows, layout.parameters, device=device)
         self.gradients = torch.zeros_like(self.values)
         self.trained = None if trained is None else trained.to(self.values)
         wanted = None if blocks is None else frozenset(blocks)
+        self._cast: tuple[tuple[torch.dtype, int], Tensor] | None = None
         self.leaves: dict[Key, tuple[Tensor, Tensor]] = {}
         for entry in layout.entries:
             if wanted is None or entry.key.block in wanted:
@@ -228,22 +310,48 @@ class AdapterBank:
         """Multiply the gradients of every row by its factor [n]."""
         self.gradients.mul_(factors.to(self.gradients.dtype).to(self.gradients.device)[:, None])
 
-    def add(self, key: Key, base_output: Tensor, inputs: Tensor, rows: Tensor | None, sessions: int) -> Tensor:
+    def in_type(self, kind: torch.dtype) -> Tensor:
+        """The values [n p] in another type, cast once for every change of them."""
+        if kind == self.values.dtype:
+            return self.values.detach()
+        version = self.values._version
+        if self._cast is None or self._cast[0] != (kind, version):
+            self._cast = ((kind, version), self.values.detach().to(kind))
+        return self._cast[1]
+
+    def adapters(self, key: Key, kind: torch.dtype, device: torch.device, rows: Rows, sessions: int) -> Adapters:
+        """The adapters of a key for a pass of these sessions, in the type and on the device that it computes with."""
+        # One cast of everything serves all projections of a pass, but a pass of few sessions should not pay for the others' rows.
+        entry, values = self.layout.by_key[key], self.in_type(kind) if 2 * sessions > self.rows else self.values.detach()
+        a = values[:, entry.start : entry.middle].view(-1, entry.rank, entry.inputs)
+        b = values[:, entry.middle : entry.end].view(-1, entry.outputs, entry.rank)
+        if isinstance(rows, Tensor):
+            rows = rows[:sessions]
+            a, b = a[rows], b[rows]
+        else:
+            start = 0 if rows is None else int(rows.start)
+            a, b = a[start : start + sessions], b[start : start + sessions]
+        a_leaf, b_leaf = self.leaves[key]
+        return Adapters(a.to(device, kind), b.to(device, kind), entry.scale, a_leaf.grad, b_leaf.grad, rows)
+
+    def project(self, key: Key, base: nn.Module, inputs: Tensor, rows: Rows, sessions: int) -> Tensor:
+        """What the frozen projection `base` makes of inputs [.. i], plus the low-rank update; sessions and rows as in `add`."""
+        plain = _plain_weight(base, inputs)
+        if plain is None or key not in self.leaves:
+            return self.add(key, base(inputs), inputs, rows, sessions)
+        adapters = self.adapters(key, inputs.dtype, inputs.device, rows, sessions)
+        found: Tensor = Projected.apply(inputs, *plain, sessions, adapters, *self.leaves[key])  # type: ignore[no-untyped-call]
+        return found
+
+    def add(self, key: Key, base_output: Tensor, inputs: Tensor, rows: Rows, sessions: int) -> Tensor:
         """base_output [.. o] plus the low-rank update of inputs [.. i], whose rows belong in equal runs to `sessions` sessions.
 
-        `rows` [s] maps a session to its bank row; None: session k uses row k (or all share the only row).
+        `rows` maps a session to its bank row: positions [s], or a range of them; None: session k uses row k (or all share the only row).
         """
-        leaf = self.leaves.get(key)
-        if leaf is None:
+        if key not in self.leaves:
             return base_output
-        a, b = leaf
-        if rows is not None:
-            a, b = a[rows[:sessions]], b[rows[:sessions]]
-        elif sessions < a.shape[0]:
-            a, b = a[:sessions], b[:sessions]
-        kind = base_output.dtype
-        grouped = inputs.reshape(sessions, -1, inputs.shape[-1]).to(kind)
+        adapters = self.adapters(key, base_output.dtype, base_output.device, rows, sessions)
+        grouped = inputs.reshape(sessions, -1, inputs.shape[-1]).to(base_output.dtype)
         output = base_output.reshape(sessions, -1, base_output.shape[-1])
-        scale = self.layout.by_key[key].scale
-        result: Tensor = LowRank.apply(output, grouped, a.to(kind), b.to(kind), scale)  # type: ignore[no-untyped-call]
+        result: Tensor = LowRank.apply(output, grouped, adapters, *self.leaves[key])  # type: ignore[no-untyped-call]
         return result.view(base_output.shape)

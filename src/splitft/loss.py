@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from splitft.models.base import Anatomy
+from splitft.products import product
 from splitft.types import IGNORE_LABEL
 
 CHUNK_ELEMENTS = 4_000_000
@@ -101,14 +102,14 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
 def _closed_form(hidden: Tensor, weight: Tensor, labels: Tensor, matrix: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """nll and gradient of one chunk: softmax minus one-hot, times the head matrix."""
-    logits = F.linear(hidden.to(matrix.dtype), matrix, bias).float()
+    logits = product(hidden.to(matrix.dtype), matrix, bias).float()
     target = labels[:, None]
     chosen = logits.gather(1, target)
     largest = logits.amax(1, keepdim=True)
     total = logits.sub_(largest).exp_().sum(1, keepdim=True)
     losses = (total.log() + largest - chosen).squeeze(1)
     logits.mul_(weight[:, None] / total).scatter_add_(1, target, -weight[:, None])
-    return losses, (logits.to(matrix.dtype) @ matrix).to(hidden.dtype)
+    return losses, product(logits.to(matrix.dtype), matrix.t()).to(hidden.dtype)
 
 
 def _by_autograd(hidden: Tensor, weight: Tensor, labels: Tensor, head: nn.Module, anatomy: Anatomy) -> tuple[Tensor, Tensor]:
@@ -121,12 +122,16 @@ def _by_autograd(hidden: Tensor, weight: Tensor, labels: Tensor, head: nn.Module
 
 
 def training_loss(hidden: Tensor, targets: Targets, row_weight: Tensor, head: nn.Module, anatomy: Anatomy) -> tuple[Tensor, Tensor]:
-    """Loss to call backward on, and the summed nll of each row [rows] in float64.
+    """Loss to call backward on, and the summed nll of each row [rows] in float64, on the device: whoever reads it waits for it.
 
     `hidden` [rows t d] stands in front of the LM head; `row_weight` [rows] multiplies every target of a row (1 / targets of the
     client's optimizer step makes each client's share its own token mean).
     """
-    chosen = hidden.reshape(-1, hidden.shape[-1]).index_select(0, targets.positions)
-    loss, losses = ChunkedCrossEntropy.apply(chosen, row_weight[targets.row], targets.labels, head, anatomy)  # type: ignore[no-untyped-call]
-    sums = torch.zeros(targets.rows, dtype=torch.float64)
-    return loss, sums.index_add_(0, targets.row.cpu(), losses.cpu().double())
+    weight = head.weight
+    assert isinstance(weight, Tensor)
+    hidden = hidden.to(weight.device)  # the head of a model spread over devices may lie on another one
+    chosen = hidden.reshape(-1, hidden.shape[-1]).index_select(0, targets.positions.to(hidden.device))
+    row, labels = targets.row.to(hidden.device), targets.labels.to(hidden.device)
+    loss, losses = ChunkedCrossEntropy.apply(chosen, row_weight.to(hidden.device)[row], labels, head, anatomy)  # type: ignore[no-untyped-call]
+    kind = torch.float32 if hidden.device.type == "mps" else torch.float64  # MPS has no float64
+    return loss, torch.zeros(targets.rows, dtype=kind, device=hidden.device).index_add_(0, row, losses.to(kind))

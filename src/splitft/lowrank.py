@@ -30,11 +30,15 @@ def best_factors(terms: Sequence[tuple[float, Factors]], rank: int) -> tuple[Fac
     """
     a = torch.cat([factors.a for _, factors in terms]).double()
     b = torch.cat([weight * factors.b.double() for weight, factors in terms], dim=1)
-    basis, right = torch.linalg.qr(a.T)
-    core = torch.linalg.qr(b, mode="r").R @ right.T  # the sum in orthonormal bases: the same singular values
-    _, singular, vh = torch.linalg.svd(core, full_matrices=False)
+    if len(a) > min(a.shape[1], len(b)):  # more terms than the sum has rows or columns: then the sum itself is the smallest form
+        _, singular, vh = torch.linalg.svd(b @ a, full_matrices=False)
+    else:
+        basis, right = torch.linalg.qr(a.T)
+        core = torch.linalg.qr(b, mode="r").R @ right.T  # the sum in orthonormal bases: the same singular values
+        _, singular, vh = torch.linalg.svd(core, full_matrices=False)
+        vh = vh @ basis.T
     kept = min(rank, int((singular > _noise(a, b)).sum()))
-    rows = vh[:kept] @ basis.T
+    rows = vh[:kept]
     new_a, new_b = a.new_zeros(rank, a.shape[1]), b.new_zeros(b.shape[0], rank)
     new_a[:kept] = rows * GAUGE
     # The projection of the sum on these rows, rather than left singular vectors times values: no second basis is needed.

@@ -9,10 +9,12 @@ Axes: n rows (clients), p adapter parameters.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.optim.adamw import adamw
 
 from splitft.errors import ConfigError
 
@@ -53,21 +55,46 @@ class AdamW:
     epsilon: float = 1e-8
     weight_decay: float = 0.0
 
-    def step(self, values: Tensor, gradients: Tensor, moments: Moments, rate: float | Tensor, trained: Tensor | None = None) -> None:
-        """One step in place on values [n p] with gradients [n p]; `rate` is one number or one per row [n] (float64). Only columns where
-        `trained` [p] is 1 decay (None: all)."""
-        moments.steps += 1
-        shrink = rate * self.weight_decay
-        if isinstance(shrink, Tensor):
-            shrink = shrink.to(values.dtype).to(values.device)[:, None]
-        values.mul_(1.0 - shrink if trained is None else 1.0 - shrink * trained)
-        moments.first.lerp_(gradients, 1.0 - self.beta1)
-        moments.second.mul_(self.beta2).addcmul_(gradients, gradients, value=1.0 - self.beta2)
-        steps = moments.steps.to(torch.float64)
-        step_size = (rate / (1.0 - self.beta1**steps)).to(torch.float32).to(values.device)[:, None]
-        root = (1.0 - self.beta2**steps).sqrt().to(torch.float32).to(values.device)[:, None]
-        denominator = moments.second.sqrt().div_(root).add_(self.epsilon)
-        values.addcdiv_(moments.first * -step_size, denominator)
+    def step(
+        self,
+        values: Tensor,
+        gradients: Tensor,
+        moments: Moments,
+        rate: float | Tensor,
+        trained: Tensor | None = None,
+        rows: Sequence[int] | None = None,
+    ) -> None:
+        """One step in place on values [n p] with gradients [n p], of the rows named (None: all); `rate` is one number or one per row
+        that steps (float64). Only columns where `trained` [p] is 1 decay (None: all)."""
+        chosen = range(len(values)) if rows is None else rows
+        rates = [rate] * len(chosen) if not isinstance(rate, Tensor) else rate.tolist()
+        decay = self.weight_decay
+        if decay and trained is not None:
+            for row, own in zip(chosen, rates, strict=True):
+                values[row].mul_(1.0 - own * decay * trained)
+            decay = 0.0
+        steps = moments.steps.to(values.device, torch.float32)  # a copy: the kernel counts in it
+        for own in dict.fromkeys(rates):
+            mine = [row for row, other in zip(chosen, rates, strict=True) if other == own]
+            # One pass over a row reads and writes each of its values once; written as tensor operations it takes eleven.
+            adamw(
+                [values[row] for row in mine],
+                [gradients[row] for row in mine],
+                [moments.first[row] for row in mine],
+                [moments.second[row] for row in mine],
+                [],
+                [steps[row] for row in mine],
+                fused=True,
+                amsgrad=False,
+                beta1=self.beta1,
+                beta2=self.beta2,
+                lr=own,
+                weight_decay=decay,
+                eps=self.epsilon,
+                maximize=False,
+            )
+        torch.autograd.graph.increment_version(values)  # the kernel does not, and casts are kept by version
+        moments.steps[slice(None) if rows is None else list(rows)] += 1
 
 
 @dataclass

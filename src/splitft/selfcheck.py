@@ -26,6 +26,7 @@ TINY_BLOCKS = 4
 TINY_TOKENS = 6
 ROWS = 4
 TOLERANCE = 1e-4
+MASKLESS_TOLERANCE = 1e-5
 Whole: TypeAlias = dict[str, tuple[Tensor, Tensor | None]]
 SHARED_STATE = ("num_kv_shared_layers", "hidden_size_per_layer_input", "num_nextn_predict_layers_shared")
 
@@ -146,7 +147,8 @@ def _inspect(config: PretrainedConfig, name: str, attention: str, prove: bool) -
         hook.remove()
     _require_causal(model, ids, name)
     kind, value = _after_head(config, raw, logits, name)
-    anatomy = Anatomy(blocks_path, head_path, isinstance(seen["output"], tuple), kind, value)
+    same = _error(whole["plain"][0], whole["padded"][0], mask.bool()) <= MASKLESS_TOLERANCE
+    anatomy = Anatomy(blocks_path, head_path, isinstance(seen["output"], tuple), kind, value, maskless=same)
     return _prove(model, anatomy, ids, whole, name) if prove else anatomy
 
 

@@ -20,9 +20,11 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from splitft.lora import AdapterBank
+from splitft.lora import AdapterBank, Rows
+from splitft.models.activation import fuse_activations
 from splitft.models.anatomy import block_count, find_blocks, find_head, projections, select_targets
 from splitft.models.base import Anatomy
+from splitft.products import use_fast_products
 from splitft.types import Factors, Key
 
 Crossing = Callable[[int, Tensor], Tensor]
@@ -50,8 +52,8 @@ class Route:
     entries: dict[int, Tensor] = field(default_factory=dict)
     cross: Crossing | None = None
     bank: AdapterBank | None = None
-    bank_rows: Tensor | None = None
-    block_rows: Callable[[int], tuple[Tensor | None, int]] | None = None
+    bank_rows: Rows = None
+    block_rows: Callable[[int], tuple[Rows, int]] | None = None
     sessions: int = 1
     active_rows: int = 0
 
@@ -100,12 +102,12 @@ class BankLinear(nn.Module):
         return self.base.bias  # type: ignore[return-value]
 
     def forward(self, inputs: Tensor) -> Tensor:
-        output: Tensor = self.base(inputs)
         route = self.holder.route
         if route is None or route.bank is None:
+            output: Tensor = self.base(inputs)
             return output
         rows, sessions = (route.bank_rows, route.active_sessions) if route.block_rows is None else route.block_rows(self.key.block)
-        return route.bank.add(self.key, output, inputs, rows, sessions)
+        return route.bank.project(self.key, self.base, inputs, rows, sessions)
 
 
 def first_rows(value: Any, active: int, total: int) -> Any:
@@ -203,6 +205,8 @@ class SplitModel(nn.Module):
     ) -> None:
         super().__init__()
         model.requires_grad_(False)
+        # Without it the family does not look for padding in every batch, to warn of a mask that is left out on purpose (`needed_mask`).
+        model.config.get_text_config().pad_token_id = None
         self.anatomy = anatomy
         self.holder = RouteHolder()
         self.blocks = block_count(model.config)
@@ -210,6 +214,8 @@ class SplitModel(nn.Module):
         _, blocks = find_blocks(model, self.blocks)
         self.scan(blocks, targets)
         path, head = find_head(model)
+        fuse_activations(blocks)
+        use_fast_products(model)
         for index, block in enumerate(list(blocks)):
             blocks[index] = Slot(
                 index, block if index in self.owned else None, block, self.holder, anatomy.returns_tuple, index == self.blocks - 1
@@ -276,6 +282,15 @@ class SplitModel(nn.Module):
             if isinstance(module, Slot):
                 module.checkpointing = enabled
 
+    def compile_blocks(self) -> None:
+        """Let torch.compile fuse what stands between a block's projections; those keep their own kernels. Needs a C++ compiler on a CPU."""
+        for module in self.model.modules():
+            if isinstance(module, BankLinear):
+                module.forward = torch.compiler.disable(module.forward)  # type: ignore[method-assign,no-untyped-call]
+        for module in self.model.modules():
+            if isinstance(module, Slot) and module.block is not None:
+                module.block.compile()
+
     @property
     def dtype(self) -> torch.dtype:
         """Type of the frozen weights, and of the hidden states between blocks."""
@@ -311,6 +326,11 @@ class SplitModel(nn.Module):
                 return stop.hidden
         raise AssertionError("the pass did not end at its exit")
 
+    def needed_mask(self, mask: Tensor | None) -> Tensor | None:
+        """The mask that `run` needs for a batch padded behind its rows' last tokens: none where the family does not look there."""
+        return None if self.anatomy.maskless else mask
+
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [.. v] of hidden states [.. d] taken in front of the LM head."""
-        return self.anatomy.finish(self.head(hidden))
+        device = next(self.head.parameters()).device
+        return self.anatomy.finish(self.head(hidden.to(device)))

@@ -115,11 +115,12 @@ class Plan:
 @dataclass(frozen=True)
 class RoundPlan:
     """The plans of all participants of one round, in client order. `turns`: clients in the order in which their optimizer steps pass the
-    server, each once a step (empty: where it matters, a drawn order)."""
+    server, each once a step (empty: where it matters, a drawn order). `lost`: whose work will not count, though it is done."""
 
     round: int
     plans: tuple[Plan, ...]
     turns: tuple[int, ...] = ()
+    lost: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,13 @@ from splitft.catalog import AGGREGATORS, CODECS, POLICIES, SYNCHRONISATIONS
 # Fields worth a contract run of their own. A new method is tested with its defaults without a line here.
 CODEC_FIELDS: dict[str, list[dict[str, Any]]] = {
     "cast": [{"dtype": "float16"}, {"dtype": "float32"}],
+    "quantize": [
+        {"bits": 4, "rounding": "stochastic"},
+        {"bits": 2, "symmetric": False, "outliers": 0.1},
+        {"per": "channel", "symmetric": False},
+        {"bits": 4, "per": "block", "block": 5, "outliers": 0.03},
+        {"bits": 2, "per": "channel", "rounding": "stochastic"},
+    ],
 }
 POLICY_FIELDS: dict[str, list[dict[str, Any]]] = {
     "fixed": [{"cuts": [2]}, {"cuts": [1, 6, 3, 2, 5]}],
@@ -48,7 +55,7 @@ def names_inside(rule: Any) -> set[str]:
     return own | names_inside(rule.rule) if hasattr(rule, "rule") else own
 
 
-# The error each codec declares in its docstring, for values in the normal range of its type: (relative, absolute below it).
+# The error these codecs declare in their docstrings, for values in the normal range of their type: (relative, absolute below it).
 ERROR_BOUNDS: dict[tuple[str, str], tuple[float, float]] = {
     ("identity", ""): (0.0, 0.0),
     ("cast", ""): (2.0**-8, 2.0**-134),

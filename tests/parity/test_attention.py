@@ -1,4 +1,4 @@
-"""The attention a bfloat16 run takes on a CPU: checked before it is used, and a plainer one for families that do not know it."""
+"""The attention a run takes on a CPU: checked before it is used, and a plainer one for families that do not know it."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_falcon_trains_in_bfloat16(tmp_path: Path) -> None:
     assert losses[-1] < losses[0]
 
 
-@pytest.mark.parametrize(("family", "wanted"), [("llama", "sdpa_float32"), ("gpt2", "sdpa_float32"), ("gptj", "eager")])
+@pytest.mark.parametrize(("family", "wanted"), [("llama", "splitft_causal"), ("gpt2", "splitft_causal"), ("gptj", "eager")])
 def test_the_self_check_runs_what_the_run_uses(family: str, wanted: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from splitft import selfcheck
 

@@ -14,6 +14,8 @@ import torch
 
 from splitft.lora import AdapterBank, Layout
 from splitft.loss import Targets, shift_labels, training_loss
+from splitft.models.attention import build_with, suited
+from splitft.models.load import causal_class
 from splitft.selfcheck import inspect_family
 from splitft.split import Route, SplitModel
 
@@ -108,6 +110,22 @@ def joined(split: SplitModel, layout: Layout, row: torch.Tensor, padding: str) -
     loss, _ = training_loss(final, targets, torch.full((ROWS,), 1.0 / len(targets.labels)), split.head, split.anatomy)
     loss.backward()
     return loss.item(), bank.gradients[0]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_attention_of_the_processor_gives_what_the_plain_one_gives(family: str) -> None:
+    """Logits of every family, and that padding behind a row needs no mask where the self-check says so."""
+    config = FAMILIES[family]()
+    attention = suited(causal_class(config))
+    anatomy = inspect_family(config, family, attention)
+    ids, mask, _ = batch("right")
+    with torch.no_grad():
+        wanted = build(family, "eager")(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        split = SplitModel(build_with(lambda name: build(family, name), attention), anatomy)
+        found = split.logits(split.run(Route(ROWS), ids, split.needed_mask(mask)))
+    valid = mask.bool()
+    assert (found - wanted)[valid].abs().max() <= 1e-5 * wanted[valid].abs().max()
+    assert anatomy.maskless
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

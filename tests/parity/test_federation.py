@@ -9,6 +9,7 @@ from splitft.aggregate.average import Average
 from splitft.aggregate.base import Updates
 from splitft.compress.base import HEADER_BYTES
 from splitft.compress.cast import Cast
+from splitft.compress.quantize import Quantize
 from splitft.engine.cohort import CohortExecutor
 from splitft.engine.ledger import Ledger
 from splitft.engine.settings import ClientState, Federation, same_start
@@ -150,21 +151,28 @@ def test_batched_cohort_equals_clients_one_after_another() -> None:
     assert alone.ledger.clients == together.ledger.clients
 
 
-@pytest.mark.parametrize("codec", ["identity", "cast"])
+BYTES = {
+    "identity": ({}, 32 * 4),
+    "cast": ({"uplink": Cast("bfloat16"), "downlink": Cast("float16")}, 32 * 2),
+    "int8": ({"uplink": Quantize(), "downlink": Quantize()}, 32 + 2),
+}
+
+
+@pytest.mark.parametrize("codec", BYTES)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("length", [12, (5, 12)])
 def test_counted_bytes_equal_the_closed_form_and_both_executors_agree(codec: str, shape: str, length: int | tuple[int, int]) -> None:
-    changes = {} if codec == "identity" else {"uplink": Cast("bfloat16"), "downlink": Cast("float16")}
+    changes, token_bytes = BYTES[codec]
     fed = federation(length=length, gradient_accumulation=2, **changes)
     start, chosen = fed.layout.initial_row(1), plans([1, 2, 3] if shape != "u-shape-tail-1" else [1, 2, 2], **SHAPES[shape])
     counted = {name: run(fed, name, start, [chosen])[2][0].clients for name in NAMES}
     for name in NAMES[1:]:
         assert counted[name] == counted["cohort"], name
-    width, item, batch = 32, 4 if codec == "identity" else 2, fed.settings.batch_size
+    batch = fed.settings.batch_size
     for plan in chosen:
         steps = plan.local_steps * fed.settings.gradient_accumulation
         tokens = sum(int(fed.clients[plan.client].train.batch(fed.orders[plan.client].indices(k))[1].sum()) for k in range(steps))
-        tensor = tokens * width * item + steps * HEADER_BYTES
+        tensor = tokens * token_bytes + steps * HEADER_BYTES
         own = fed.layout.columns(0, plan.cut), fed.layout.columns(BLOCKS - plan.tail_blocks if plan.exit_on_client else BLOCKS, BLOCKS)
         adapters = 4 * sum(part.stop - part.start for part in own) + HEADER_BYTES
         up, down = counted["cohort"][plan.client]["up"], counted["cohort"][plan.client]["down"]

@@ -11,9 +11,20 @@ from hypothesis import strategies as st
 from splitft.compress.base import HEADER_BYTES, Packet
 from splitft.data.base import ClientData, TokenRows
 from splitft.data.order import BatchOrder
-from splitft.engine.batches import LABEL_CODEC, assemble, gather, label_packet, length_mask, read_labels, require_targets
+from splitft.engine.batches import (
+    LABEL_CODEC,
+    alike,
+    assemble,
+    gather,
+    label_bytes,
+    label_packet,
+    length_mask,
+    read_labels,
+    require_targets,
+)
 from splitft.engine.exchange import packet_bytes, parse_packet
 from splitft.errors import DataError, ProtocolError
+from splitft.rng import numpy_stream
 from splitft.types import IGNORE_LABEL
 
 CPU = torch.device("cpu")
@@ -129,3 +140,25 @@ def test_a_wide_label_outside_the_vocabulary_is_refused(label: int) -> None:
 def test_packets_that_are_not_these_labels_are_refused(packet: Packet) -> None:
     with pytest.raises(ProtocolError, match="labels"):
         read_labels(packet, 100, 2)
+
+
+def test_sessions_of_like_width_share_a_pass() -> None:
+    """Equal widths: groups of the budget, in order. Unequal: every session once, none over the budget, little padding in large groups."""
+    assert alike([10] * 7, 30) == [[0, 1, 2], [3, 4, 5], [6]]
+    assert alike([], 30) == []
+    assert alike([500], 30) == [[0]]  # a session over the budget goes alone
+    widths = [int(width) for width in numpy_stream(0, "widths").integers(20, 400, 300)]
+    groups = alike(widths, 8192)
+    assert sorted(place for group in groups for place in group) == list(range(300))
+    for group in groups:
+        widest = max(widths[place] for place in group)
+        assert len(group) * widest <= 8192
+        assert min(widths[place] for place in group) >= 0.8 * widest or len(group) * widest < 1024 + widest
+    padded = sum(len(group) * max(widths[place] for place in group) for group in groups)
+    assert padded < 1.12 * sum(widths) < 300 * max(widths) / 1.7
+
+
+@pytest.mark.parametrize("vocabulary", [96, 65_534, 65_535, 128_256])
+@pytest.mark.parametrize("count", [0, 1, 77])
+def test_the_bytes_of_labels_are_those_of_their_packet(vocabulary: int, count: int) -> None:
+    assert label_bytes(count, vocabulary) == label_packet(torch.zeros(count, dtype=torch.int64), vocabulary).size_bytes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,8 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import memory, memory_child, record, setups, startup, stock, throughput, timing  # noqa: E402 - from the root of the repository
-from benchmarks.__main__ import parse, scope  # noqa: E402
+from benchmarks import memory, memory_child, plots, record, setups, startup, stock, throughput, throughput_tables, timing  # noqa: E402 - from the root of the repository
+from benchmarks.__main__ import TIMED, benchmark, parse, scope  # noqa: E402
 
 TINY = throughput.Scope(models=("tiny",), clients=(4,), tokens=(8,), repeats=3, steps=2)
 FACTS = {
@@ -42,19 +43,83 @@ def speeds() -> list[dict[str, Any]]:
 
 
 def test_every_way_of_training_is_timed(speeds: list[dict[str, Any]]) -> None:
-    assert [row["way"] for row in speeds] == list(throughput.WAYS)
+    ways = [(row["way"], row["precision"]) for row in speeds]
+    assert ways == [(way, kind) for kind in ("float32", "bfloat16") for way in throughput_tables.WAYS]
     for row in speeds:
-        assert len(row["wall_s"]) == 3
-        assert row["tokens_per_s"] > 0
-        assert row["tokens_per_s"] * row["step_s"] == pytest.approx(4 * 8)
-    assert speeds[0]["speed_to_peft"] == 1.0
+        assert len(row["client_step_s"]) == 3
+        assert row["tokens_per_s"] == pytest.approx(8 / statistics.median(row["client_step_s"]))
+        assert set(row["speed_to"]) == {"peft", "best_peft", "best_loop", "bare"}
+        assert (row["round_s"] > 0) == (row["way"] == "cohort")
+    assert speeds[0]["speed_to"]["peft"] == 1.0
+
+
+def test_sizes_of_a_run() -> None:
+    cases = [(case.model, case.clients, case.tokens, case.steps) for case in throughput.Scope().cases()]
+    assert ("embedded", 1000, 64, 1) in cases
+    assert ("gpt2-small", 8, 256, 1) in cases
+    assert ("embedded", 8, 64, 2) in cases
+    assert [(case.clients, case.tokens) for case in throughput.Scope(models=("tiny",), clients=(3,)).cases()] == [
+        (3, 64),
+        (3, 128),
+        (3, 256),
+    ]
+
+
+def test_a_rival_takes_a_sensible_batch_and_counts_for_as_many() -> None:
+    assert throughput.timed_clients(setups.Case("embedded", "float32", 64, 128, 1)) == 64
+    assert throughput.timed_clients(setups.Case("embedded", "float32", 64, 256, 1)) == 32
+    assert throughput.timed_clients(setups.Case("embedded", "float32", 1000, 64, 1)) == 125
+    assert throughput.timed_clients(setups.Case("gpt2-small", "float32", 64, 64, 1)) == 32
+
+
+def test_ratios_are_of_one_clients_step_and_to_the_better_rival() -> None:
+    def idle() -> throughput.Timing:
+        return throughput.Timing(0.0, 0.0)
+
+    case = setups.Case("tiny", "float32", 16, 8, 1)
+    seconds = {
+        "peft float32": 4.0,
+        "peft bfloat16": 2.0,
+        "loop float32": 8.0,
+        "loop bfloat16": 12.0,
+        "bare float32": 3.0,
+        "bare bfloat16": 1.0,
+    }
+    seconds |= {"cohort float32": 2.0, "cohort bfloat16": 0.5}
+    ways = [
+        throughput.Contestant(way, kind, 8 if way == "loop" else 16, idle)
+        for kind in ("float32", "bfloat16")
+        for way in throughput_tables.WAYS
+    ]
+    # Every repeat on a slower machine than the one before: ratios within a repeat do not see it.
+    samples = {name: [throughput.Timing(value * slow, 4.0) for slow in (1.0, 3.0, 9.0)] for name, value in seconds.items()}
+    rows = {(row["way"], row["precision"]): row for row in throughput.rows_of(case, ways, samples)}
+    assert rows["cohort", "bfloat16"]["speed_to"] == pytest.approx({"peft": 8.0, "best_peft": 4.0, "best_loop": 32.0, "bare": 2.0})
+    assert rows["cohort", "float32"]["speed_to"] == pytest.approx({"peft": 2.0, "best_peft": 1.0, "best_loop": 8.0, "bare": 1.5})
+    assert rows["loop", "float32"]["tokens_per_s"] == pytest.approx(8 * 8 / (8.0 * 3))
+    text = throughput_tables.table(list(rows.values()))
+    assert "| 16 × 8 | 2.00× | 1.50× | 8.00× | 2.00× | 1.33× | 4.00× | 4.00× | 32.00× | 0.0 |" in text
+
+
+def test_only_steps_count_as_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    moments = iter([0.0, 1.0, 2.0, 5.0, 9.0, 20.0, 22.0])
+    monkeypatch.setattr(throughput.time, "perf_counter", lambda: next(moments))
+    clock = throughput.StepClock()
+    start = torch.zeros(1)
+    clock.opened(start)
+    clock.opened(start)  # at 2.0 the cohort is open
+    clock.step(2)
+    clock.step(2)
+    clock.opened(start)  # another cohort; what lay between belongs to no step
+    clock.step(1)
+    assert clock.steps_s == (9.0 - 2.0) + (22.0 - 20.0)
 
 
 def test_the_split_loop_trains_as_the_whole_model_does() -> None:
     case = setups.Case("tiny", "float32", 1, 8, 3)
     ids = torch.arange(3, 11)[None]
     traces = []
-    for build in (lambda model: stock.Unsplit(model, "float32"), lambda model: stock.SequentialLoop(model, [2], "float32")):
+    for build in (stock.Unsplit, lambda model: stock.SequentialLoop(model, [2])):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(5)  # PEFT draws its adapters from the global stream
             rival = build(setups.build_model(case.model, case.dtype))
@@ -65,22 +130,39 @@ def test_the_split_loop_trains_as_the_whole_model_does() -> None:
 
 def test_unlike_work_is_refused() -> None:
     case = next(TINY.cases())
-    throughput.require_same_start(case, {"peft": 4.0, "cohort-identity": 4.0001, "cohort-cast": 4.01})
-    for name, loss in (("cohort-identity", 4.01), ("cohort-cast", 4.1), ("sequential", float("nan"))):
-        with pytest.raises(RuntimeError, match=name):
-            throughput.require_same_start(case, {"peft": 4.0, name: loss})
 
+    def begins(way: str, kind: str, loss: float) -> None:
+        throughput.require_same_start(case, throughput.Contestant(way, kind, 4, lambda: throughput.Timing(0.0, loss)), loss, 4.0)
 
-def test_bfloat16_is_measured_too() -> None:
-    found = throughput.measure_case(setups.Case("tiny", "bfloat16", 1, 8, 1), 1)
-    assert {row["way"] for row in found} == set(throughput.WAYS) - {"workers-cast"}
+    begins("peft", "float32", 4.0001)
+    begins("cohort", "float32", 4.01)
+    begins("bare", "bfloat16", 4.01)
+    for way, kind, loss in (("loop", "float32", 4.01), ("cohort", "float32", 4.1), ("peft", "bfloat16", float("nan"))):
+        with pytest.raises(RuntimeError, match=f"{way} {kind} starts from"):
+            begins(way, kind, loss)
 
 
 def test_contestants_take_turns_and_each_is_first_once() -> None:
     order: list[str] = []
-    samples = timing.interleave({name: lambda name=name: order.append(name) for name in "abc"}, 3)
+    samples = timing.take_turns({name: lambda name=name: order.append(name) or len(order) for name in "abc"}, 3)
     assert order == [*"abc", *"bca", *"cab"]
-    assert all(len(one.wall_s) == len(one.processor_s) == 3 for one in samples.values())
+    assert samples == {"a": [1, 6, 8], "b": [2, 4, 9], "c": [3, 5, 7]}
+
+
+def test_weights_are_shared_and_modules_are_not() -> None:
+    model = setups.build_model("tiny", "float32")
+    other = setups.sharing(model)
+    assert all(a is b for a, b in zip(model.parameters(), other.parameters(), strict=True))
+    assert not {id(one) for one in model.modules()} & {id(one) for one in other.modules()}
+
+
+def test_trainers_half_precision_keeps_float32_weights() -> None:
+    rival = stock.Unsplit(setups.build_model("tiny", "float32"), autocast=True)
+    assert {parameter.dtype for parameter in rival.model.parameters()} == {torch.float32}
+    seen: list[torch.dtype] = []
+    rival.model.get_base_model().transformer.h[0].attn.c_attn.base_layer.register_forward_hook(lambda *given: seen.append(given[2].dtype))
+    rival.step(torch.arange(3, 11)[None])
+    assert seen == [torch.bfloat16]
 
 
 def test_a_ratio_is_taken_within_a_repeat() -> None:
@@ -155,12 +237,19 @@ def test_results_of_one_day_stand_in_one_file_and_the_newest_counts(tmp_path: Pa
     assert "<sub>2026-02-01; Brand(R) Chip 9 CPU @ 3 GHz (avx2), 2 cores, 16 GiB, Linux x; 2 threads; python 3.11.1, torch 2.13.0;" in text
     assert "| 4 × 8 | " in text
     assert "PEFT, split loop" in text
+    assert "](images/benchmarks_throughput.svg)" in text
 
 
 def test_memory_table_sets_both_beside_each_other() -> None:
     case = {"model": "embedded", "dtype": "float32", "clients": 4, "tokens": 128, "group": "training"}
     rows = [case | {"kind": "peft", "training_peak_bytes": 200_000_000}, case | {"kind": "cohort", "training_peak_bytes": 150_000_000}]
-    assert "| embedded | float32 | 4 × 128 | 200 | 150 | **0.75** |" in memory.table(rows)
+    device = {"model": "gpt2-small", "dtype": "float32", "clients": 1, "tokens": 128, "group": "client", "weight_bytes": 0}
+    for kind, peak, baseline in (("peft", 900_000_000, 366_000_000), ("client", 300_000_000, 367_000_000)):
+        rows.append(device | {"kind": kind, "training_peak_bytes": peak, "baseline_bytes": baseline})
+    text = memory.table(rows)
+    assert "| embedded | float32 | 4 × 128 | 200 | 150 | **0.75** |" in text
+    assert "| a client, cut 2 | gpt2-small | float32 | 0 | 300 | **0.33** |" in text
+    assert "Taken off as interpreter and libraries: 366 and 367 MB." in text
 
 
 def test_page_keeps_what_stands_around_the_results(tmp_path: Path) -> None:
@@ -178,12 +267,26 @@ def test_page_shows_the_newest_results() -> None:
     assert record.page_text() == record.render(record.newest_sections()), "run: make bench"
 
 
+def test_plots_show_the_newest_results() -> None:
+    sections = record.newest_sections()
+    for name, (draw, _) in plots.PLOTS.items():
+        path = plots.IMAGES / plots.file_name(name)
+        assert path.exists() == (name in sections), name
+        if name in sections:
+            assert path.read_text("utf-8") == draw(sections[name]["rows"]), "run: make bench"
+
+
 def test_options_reach_the_benchmarks_that_know_them() -> None:
-    chosen = parse(["--bf16", "--clients", "2", "3", "--repeats", "7"])
+    chosen = parse(["--bf16", "--clients", "2", "3", "--repeats", "7", "--flower-python", "/elsewhere/python"])
     assert (chosen.threads, chosen.names) == (2, [])
     assert scope("throughput", chosen).clients == scope("memory", chosen).clients == (2, 3)
-    assert scope("throughput", chosen).dtypes == ("float32", "bfloat16")
+    assert scope("memory", chosen).dtypes == ("float32", "bfloat16")
+    assert scope("codecs", chosen).clients == 8, "a number and not a choice of numbers"
+    assert scope("flower", chosen).flower_python == "/elsewhere/python"
+    assert scope("flower", parse([])).flower_python == ""
     assert scope("startup", chosen).repeats == 7
     assert scope("memory", parse(["--quick"])) == memory.QUICK
+    for name in TIMED:
+        assert scope(name, parse([])) == benchmark(name).Scope()
     with pytest.raises(SystemExit):
         parse(["nothing"])

@@ -45,6 +45,7 @@ def training(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
     for name in (
         "OMP_NUM_THREADS",
         "OMP_WAIT_POLICY",
+        "GOMP_SPINCOUNT",
         "HF_HUB_DISABLE_TELEMETRY",
         "TRANSFORMERS_VERBOSITY",
         "TRANSFORMERS_NO_ADVISORY_WARNINGS",

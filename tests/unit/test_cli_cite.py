@@ -46,6 +46,9 @@ def test_every_run_cites_its_foundations_once() -> None:
         ("ranks.name=importance", "2505.02795", True),
         ("synchronisation.name=drift", "2505.04535", True),
         ("work.name=balanced", "2007.07481", True),
+        ("uplink.name=quantize", "2208.07339", True),
+        ("downlink.name=quantize", "1610.02132", True),
+        ("uplink.name=cast", "1610.02132", False),
         ("split.labels=client", cite.U_SHAPE, True),
         ("split.labels=server", cite.U_SHAPE, False),
         ("split.server=unaveraged", "2012.12591", True),
@@ -101,7 +104,7 @@ def test_every_reference_that_a_run_may_name_is_known_in_full() -> None:
     assert {*named, *by_field, *cite.ALWAYS} <= set(cite.REFERENCES)
 
 
-@pytest.mark.parametrize("seam", ["policy", "ranks", "work", "aggregator", "synchronisation"])
+@pytest.mark.parametrize("seam", ["policy", "ranks", "work", "uplink", "aggregator", "synchronisation"])
 def test_the_methods_page_has_every_method_and_its_papers(seam: str) -> None:
     for name, kind in cite.catalogue()[seam].items():
         assert f"`{name}`" in METHODS, name

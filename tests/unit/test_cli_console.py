@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,14 @@ from rich.console import Console
 from splitft.apps import console
 from splitft.errors import ConfigError, Interrupted, SplitftError
 
-NAMES = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "HF_HUB_DISABLE_TELEMETRY", "TRANSFORMERS_VERBOSITY", "TRANSFORMERS_NO_ADVISORY_WARNINGS")
+NAMES = (
+    "OMP_NUM_THREADS",
+    "OMP_WAIT_POLICY",
+    "GOMP_SPINCOUNT",
+    "HF_HUB_DISABLE_TELEMETRY",
+    "TRANSFORMERS_VERBOSITY",
+    "TRANSFORMERS_NO_ADVISORY_WARNINGS",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -20,6 +29,44 @@ def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in NAMES:
         monkeypatch.setenv(name, "")  # remembered, so that the test's end takes back what the code sets
         monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def collector() -> Iterator[None]:
+    """The garbage collector on, and afterwards as it was."""
+    was = gc.isenabled()
+    gc.enable()
+    yield
+    gc.unfreeze()
+    (gc.enable if was else gc.disable)()
+
+
+@pytest.mark.usefixtures("collector")
+def test_nothing_is_collected_while_starting_and_everything_afterwards() -> None:
+    with console.starting():
+        assert not gc.isenabled()
+        with console.starting():
+            pass
+        assert not gc.isenabled(), "the inner one must leave the outer one's wish alone"
+    assert gc.isenabled()
+    with pytest.raises(ConfigError), console.starting():
+        raise ConfigError("Wrong.", "Mend it.")
+    assert gc.isenabled()
+    gc.disable()
+    with console.starting():
+        pass
+    assert not gc.isenabled(), "who had switched it off keeps it off"
+
+
+@pytest.mark.usefixtures("collector")
+def test_what_a_start_made_can_be_left_out_of_later_collections() -> None:
+    gc.unfreeze()
+    with console.starting():
+        kept = [[] for _ in range(1000)]  # type: ignore[var-annotated]
+    assert gc.get_freeze_count() == 0
+    with console.starting(freeze=True):
+        pass
+    assert gc.get_freeze_count() >= len(kept)
 
 
 def on_terminal(error: SplitftError) -> str:
@@ -41,7 +88,12 @@ def test_threads_follow_configuration_then_user_then_cores(monkeypatch: pytest.M
 def test_environment_is_set_but_the_users_wishes_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
     assert console.prepare_process(5).number == 5
-    assert [os.environ.get(name) for name in NAMES] == ["5", "ACTIVE", "1", "error", "1"]
+    assert [os.environ.get(name) for name in NAMES] == ["5", "ACTIVE", None, "1", "error", "1"]
+
+
+def test_waiting_threads_spin_briefly_unless_the_user_says_how_they_wait() -> None:
+    console.prepare_process(2)
+    assert (os.environ["OMP_WAIT_POLICY"], os.environ["GOMP_SPINCOUNT"]) == ("PASSIVE", "2000")
 
 
 @pytest.mark.parametrize(("quota", "cores"), [("150000 100000\n", 2), ("10000 100000\n", 1), ("max 100000\n", 64), ("broken", 64)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -233,3 +234,19 @@ def test_cost_model_does_not_need_equal_blocks() -> None:
     first, second = model.cost(model.plan(1)), model.cost(model.plan(2))
     assert second.client_memory.weights_bytes - first.client_memory.weights_bytes == 4 * 99_000
     assert second.front_forward_flops - first.front_forward_flops > 2 * TOKENS * 50_000
+
+
+def test_a_cost_that_was_asked_for_before_is_the_same_with_the_plan_at_hand() -> None:
+    """Costs are remembered by all of a plan they depend on; client, steps and segment number are not of it."""
+    model = cost_model()
+    plans = [
+        replace(model.plan(cut, client), local_steps=steps, ranks=ranks, upload=upload, segments=segments, segment=segments - 1)
+        for client, (cut, steps, ranks, upload, segments) in enumerate(
+            itertools.product((1, 3), (1, 5), ((), (1, 2, 3, 4, 5, 6)), (True, False), (1, 2))
+        )
+    ]
+    for plan in [*plans, *reversed(plans)]:
+        assert model.cost(plan) == cost_model().cost(plan)
+        assert model.cost(plan).plan is plan or model.cost(plan).plan == plan
+    assert model == cost_model()
+    assert hash(model) == hash(cost_model())

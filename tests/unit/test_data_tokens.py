@@ -143,6 +143,26 @@ def test_blocks_inside_a_prompt_are_dropped() -> None:
     assert made.dropped_tokens == 4
 
 
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 12), st.integers(0, 12)), max_size=8), st.integers(2, 8))
+def test_blocks_are_those_of_cutting_one_after_another(shapes: list[tuple[int, int]], block_tokens: int) -> None:
+    """Against the definition, block by block."""
+    documents = [doc(length, min(context, length)) for length, context in shapes]
+    ids = [token for document in documents for token in document.ids.tolist()]
+    trained = [flag for document in documents for flag in document.trained.tolist()]
+    wanted = []
+    for start in range(0, len(ids) - block_tokens + 1, block_tokens):
+        if any(trained[start + 1 : start + block_tokens]):
+            wanted.append((ids[start : start + block_tokens], trained[start : start + block_tokens]))
+    rest = len(ids) // block_tokens * block_tokens
+    if not wanted and any(trained[rest + 1 :]):
+        wanted.append((ids[rest:], trained[rest:]))
+    made = pack(documents, block_tokens)
+    found = [slice(int(start), int(end)) for start, end in zip(made.offsets, made.offsets[1:], strict=False)]
+    assert [(made.ids[part].tolist(), made.trained[part].tolist()) for part in found] == wanted
+    assert made.dropped_tokens == len(ids) - sum(len(row) for row, _ in wanted)
+
+
 def test_rows_are_cut_and_counted() -> None:
     made = rows([doc(3), doc(9), doc(9, context=4), doc(1)], 4)
     assert made.lengths.tolist() == [3, 4]

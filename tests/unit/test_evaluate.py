@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from splitft.data.base import TokenRows
-from splitft.engine.evaluate import Score, evaluate
+from splitft.engine import evaluate as module
+from splitft.engine.evaluate import Score, batches_by_length, evaluate, evaluate_own
 from splitft.errors import DataError
 from splitft.lora import Layout
 from splitft.peft_format import merge_into
@@ -68,6 +70,56 @@ def test_the_batch_size_and_the_company_do_not_matter() -> None:
     assert evaluate(split, layout, row, sets[:1], 1, CPU)[0] == reference[0]
 
 
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_batches_hold_every_row_once_and_no_more_tokens_than_full_rows_would(batch_size: int) -> None:
+    for lengths in (
+        np.array([5, 1, 9, 2, 2, 2, 9, 4, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 3]),
+        np.full(13, 7),
+        np.array([4]),
+        np.array([], np.int64),
+    ):
+        found = list(batches_by_length(lengths, batch_size))
+        assert sorted(row for batch in found for row in batch.tolist()) == list(range(len(lengths)))
+        widths = [int(lengths[batch].max()) for batch in found]
+        assert widths == sorted(widths)
+        most = batch_size * lengths.max(initial=0)
+        assert all(len(batch) * width <= most for batch, width in zip(found, widths, strict=True))
+        # None could be larger: the shortest row of the next one would be too much.
+        assert all((len(batch) + 1) * int(lengths[other].min()) > most for batch, other in pairwise(found))
+
+
+def test_rows_of_one_length_come_in_batches_of_the_size_given() -> None:
+    assert [len(batch) for batch in batches_by_length(np.full(19, 128), 8)] == [8, 8, 3]
+
+
+@pytest.mark.parametrize("at_a_time", [1, 2, 16])
+def test_own_models_are_scored_like_each_client_alone(at_a_time: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the number of clients whose adapters are in the bank together."""
+    monkeypatch.setattr(module, "OWN_MODELS", at_a_time)
+    split = split_model("gpt2", "all")
+    layout = Layout.of(split.keys, 2, 1.0)
+    adapters = [torch.randn(layout.parameters, generator=torch_stream(client, "own")) * 0.2 for client in range(5)]
+    sets = [random_rows(2 + client, (4, 12), client) if client != 3 else TokenRows.build([]) for client in range(5)]
+    common = random_rows(4, (4, 12), 9)
+    own, shared = evaluate_own(split, layout, adapters, sets, common, 3, CPU)
+    assert own[3] is None
+    for client, row in enumerate(adapters):
+        for found, wanted in zip((own[client], shared[client]), evaluate(split, layout, row, [sets[client], common], 3, CPU), strict=True):
+            if wanted is not None:
+                assert (found.tokens, found.correct) == (wanted.tokens, wanted.correct)
+                assert found.loss_sum == pytest.approx(wanted.loss_sum, rel=1e-5)
+    assert len({round(score.loss, 4) for score in shared}) == 5
+
+
+def test_own_models_without_targets_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "OWN_MODELS", 2)
+    split = split_model("gpt2")
+    layout = Layout.of(split.keys, 2, 1.0)
+    sets = [random_rows(1, 5, 1), random_rows(1, 5, 1), random_rows(2, 5, 1, prompt=5)]
+    with pytest.raises(DataError, match="rows of client c have no token to predict"):
+        evaluate_own(split, layout, [layout.initial_row(1)] * 3, sets, sets[0], 4, CPU, names=["client a", "client b", "client c"])
+
+
 def test_the_adapter_is_used() -> None:
     split = split_model("gpt2")
     layout = Layout.of(split.keys, 2, 1.0)
@@ -94,7 +146,7 @@ def oracle(shift: int) -> Any:
     def run(route: Route, ids: Tensor, mask: Tensor | None) -> Tensor:
         return 30.0 * F.one_hot((ids + shift) % VOCABULARY, VOCABULARY).float()
 
-    return SimpleNamespace(run=run, logits=lambda hidden: hidden, model=SimpleNamespace(config=config))
+    return SimpleNamespace(run=run, needed_mask=lambda mask: mask, logits=lambda hidden: hidden, model=SimpleNamespace(config=config))
 
 
 def test_accuracy_has_the_one_token_shift() -> None:

@@ -184,3 +184,15 @@ def test_padding_and_writing_change_no_product() -> None:
     torch.testing.assert_close(LAYOUT.factors(row)[Key(0, "q")].a, longer.a.float())
     torch.testing.assert_close(LAYOUT.factors(row)[Key(0, "q")].b, longer.b.float())
     assert torch.equal(row[LAYOUT.by_key[Key(0, "q")].end :], kept[LAYOUT.by_key[Key(0, "q")].end :])
+
+
+@pytest.mark.parametrize(("clients", "inputs", "outputs"), [(2, 30, 40), (9, 30, 20), (9, 20, 30), (40, 7, 9), (3, 12, 12)])
+def test_many_terms_and_few_take_different_ways_to_the_same_answer(clients: int, inputs: int, outputs: int) -> None:
+    """More terms than the sum has rows or columns: it is decomposed itself. Fewer: in the bases of its factors."""
+    terms: Terms = [(0.1 + k, factors(4, inputs, outputs, seed=k)) for k in range(clients)]
+    found, error, whole = best_factors(terms, 4)
+    u, singular, vh = torch.linalg.svd(dense(terms), full_matrices=False)
+    wanted = (u[:, :4] * singular[:4]) @ vh[:4]
+    assert torch.allclose(found.b @ found.a, wanted, rtol=0, atol=1e-12 * float(singular[0]))
+    assert error == pytest.approx(float(singular[4:].square().sum()), rel=1e-10)
+    assert whole == pytest.approx(float(singular.square().sum()), rel=1e-12)

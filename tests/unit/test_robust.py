@@ -232,3 +232,39 @@ def test_uploads_in_segments_pass_through_a_rule_that_understands_them() -> None
     assert Median(rule=Segments(count=4)).segments == 4
     assert NormClip(rule=Segments(count=4)).partial_uploads
     assert not NormClip(rule=Product()).partial_uploads
+
+
+def everyone(values: Tensor) -> Updates:
+    """An update of each row, with as many tokens."""
+    return Updates(tuple(range(len(values))), (10,) * len(values), values, LAYOUT)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 1 << 22])
+def test_the_middle_does_not_depend_on_how_many_columns_are_sorted_at_a_time(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = torch.cat([honest(), attack("boosted", 2)])
+    given = everyone(values)
+    whole = [rule.merge(BEFORE, given, rule.init(LAYOUT)) for rule in (Median(), TrimmedMean(share=0.2))]
+    monkeypatch.setattr("splitft.aggregate.middle.CHUNK", chunk)
+    parts = [rule.merge(BEFORE, given, rule.init(LAYOUT)) for rule in (Median(), TrimmedMean(share=0.2))]
+    for one, other in zip(whole, parts, strict=True):
+        assert torch.equal(one.adapters, other.adapters)
+        assert one.metrics == other.metrics
+
+
+@pytest.mark.parametrize("chunk", [1, 7])
+def test_krum_s_distances_add_up_over_columns(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = torch.cat([honest(), attack("flipped", 1)])
+    rule = Krum(attackers=1, keep=3)
+    whole = torch.tensor(rule._scores(values))
+    monkeypatch.setattr("splitft.aggregate.krum.CHUNK", chunk)
+    assert torch.allclose(torch.tensor(rule._scores(values)), whole, rtol=1e-12)
+
+
+def test_a_huge_update_is_not_taken_for_an_infinite_one() -> None:
+    """Its squares overflow, its values do not."""
+    huge = torch.cat([honest(2), torch.full_like(honest(1), 1e30)])
+    assert bool(torch.isfinite(Average().merge(BEFORE, everyone(huge), {}).adapters).all())
+    for bad in (float("nan"), float("inf")):
+        huge[2, 3] = bad
+        with pytest.raises(AdapterError, match="client 2 holds NaN or infinity"):
+            Average().merge(BEFORE, everyone(huge), {})

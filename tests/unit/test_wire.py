@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, ClassVar
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,9 +11,10 @@ from torch import Tensor
 from splitft.compress.base import HEADER_BYTES, Codec, Packet
 from splitft.compress.cast import Cast
 from splitft.compress.identity import Identity
+from splitft.compress.quantize import Quantize
 from splitft.errors import CodecError
 from splitft.rng import torch_stream
-from splitft.wire import Stream, Wire, cross
+from splitft.wire import Stream, Wire, carry_together, cross, open_streams
 
 SESSIONS, SEQUENCES, TOKENS, WIDTH = 3, 2, 5, 8
 LENGTHS = torch.tensor([[5, 3], [4, 5], [1, 2]])
@@ -108,3 +111,85 @@ def test_a_stream_keeps_both_ends_and_returns_what_travelled() -> None:
     decoded, packet = stream.carry(tensor)
     assert torch.equal(decoded, tensor.bfloat16().float())
     assert packet.size_bytes == Cast("bfloat16").packet_bytes(tuple(tensor.shape), tensor.dtype)
+
+
+class Counted(Cast):
+    """How often a cohort's codec is called is what is looked at here."""
+
+    calls: ClassVar[list[str]] = []
+
+    def encode_batch(self, rows: Tensor, counts: Any, states: Any, generators: Any) -> Any:
+        self.calls.append(f"encode {list(counts)}")
+        return super().encode_batch(rows, counts, states, generators)
+
+    def decode_batch(self, packets: Any, states: Any, device: torch.device | None = None) -> Any:
+        self.calls.append(f"decode {len(packets)}")
+        return super().decode_batch(packets, states, device)
+
+
+@pytest.mark.parametrize("sessions", [[0, 2], [0, 1, 2]])
+def test_a_ragged_group_crosses_in_one_pass(sessions: list[int]) -> None:
+    Counted.calls.clear()
+    hidden = state().requires_grad_(True)
+    cross(hidden * 1.0, wire_of(sessions, Counted(), Counted(), True)).sum().backward()
+    counts = [int(LENGTHS[session].sum()) for session in sessions]
+    assert Counted.calls == [f"encode {counts}", f"decode {len(counts)}"] * 2
+
+
+@pytest.mark.parametrize(
+    "codec", [Quantize(), Quantize(bits=4, per="channel", symmetric=False, rounding="stochastic", outliers=0.1)], ids=repr
+)
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("sessions", [[1], [2, 0], [0, 1, 2]])
+def test_a_group_s_tokens_are_what_each_session_alone_would_get(codec: Codec, padded: bool, sessions: list[int]) -> None:
+    def streams() -> list[Stream]:
+        return [open_streams(codec, codec, 7, session, 1)[0] for session in sessions]
+
+    wire = Wire(sessions, SEQUENCES, LENGTHS if padded else None, streams(), streams(), lambda *entry: None)
+    out = cross(state(), wire).reshape(SESSIONS, SEQUENCES, TOKENS, WIDTH)
+    tokens = (is_token() if padded else torch.ones_like(is_token())).reshape(SESSIONS, SEQUENCES, TOKENS)
+    for session, stream in zip(sessions, streams(), strict=True):
+        alone, _ = stream.carry(state().reshape(out.shape)[session][tokens[session]])
+        assert torch.equal(out[session][tokens[session]], alone)
+
+
+STOCHASTIC = Quantize(bits=2, rounding="stochastic")
+
+
+def carried(place: int, *name: int) -> list[Tensor]:
+    """What two packets of the same tensor arrive as, over one of the four streams of this (seed, client, round)."""
+    stream = open_streams(STOCHASTIC, STOCHASTIC, *name)[place]
+    return [stream.carry(state()[0])[0] for _ in range(2)]
+
+
+def test_random_numbers_follow_from_seed_client_round_place_and_packet() -> None:
+    first, second = carried(0, 1, 2, 3)
+    assert not torch.equal(first, second), "the next packet has numbers of its own"
+    again = carried(0, 1, 2, 3)
+    assert torch.equal(first, again[0])
+    assert torch.equal(second, again[1])
+    for other in (
+        carried(0, 9, 2, 3),
+        carried(0, 1, 9, 3),
+        carried(0, 1, 2, 9),
+        carried(1, 1, 2, 3),
+        carried(2, 1, 2, 3),
+        carried(3, 1, 2, 3),
+    ):
+        assert not torch.equal(first, other[0])
+
+
+def test_a_codec_that_draws_needs_a_named_stream_and_others_draw_nothing() -> None:
+    with pytest.raises(AssertionError, match="Quantize draws random numbers"):
+        Stream.open(STOCHASTIC).send(state()[0])
+    for codec in (Cast(), Identity(), Quantize()):
+        assert Stream.open(codec).generator() is None
+
+
+def test_streams_that_cross_together_keep_their_own_count() -> None:
+    streams = [open_streams(STOCHASTIC, STOCHASTIC, 1, client, 1)[0] for client in range(2)]
+    rows = torch.cat([state()[0], state()[0]])
+    streams[1].carry(state()[0])  # one packet ahead
+    together, _ = carry_together(streams, rows, [TOKENS, TOKENS])
+    assert torch.equal(together[:TOKENS], carried(0, 1, 0, 1)[0])
+    assert torch.equal(together[TOKENS:], carried(0, 1, 1, 1)[1])

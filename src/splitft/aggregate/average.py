@@ -22,15 +22,13 @@ class Average(Aggregator):
 
     references: ClassVar[tuple[str, ...]] = ("1602.05629",)
     partial_uploads: ClassVar[bool] = True
+    linear: ClassVar[bool] = True
 
     def merge(self, before: Tensor, updates: Updates, state: State) -> Merged:
+        if updates.sent is None:
+            return Merged(updates.mean(), state)
         require_finite(updates)
-        if updates.sent is not None:
-            return Merged(_mean_of_sent(before, updates, updates.sent), state)
-        total = before.double().mul(0.0)
-        for weight, row in zip(updates.weights().tolist(), updates.values, strict=True):
-            total.add_(row.double(), alpha=weight)
-        return Merged(total.float(), state)
+        return Merged(_mean_of_sent(before, updates, updates.sent), state)
 
 
 def _mean_of_sent(before: Tensor, updates: Updates, sent: Tensor) -> Tensor:

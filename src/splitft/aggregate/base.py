@@ -5,10 +5,11 @@ Axes: n participants, p adapter parameters (columns as the layout names them).
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import ClassVar, TypeAlias
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -22,13 +23,29 @@ from splitft.types import Factors, Key
 State: TypeAlias = Mapping[str, Tensor]
 
 
+class Rows(Protocol):
+    """Adapters [n p] that lie where they were trained, on other machines perhaps: summed there, or brought here."""
+
+    def __len__(self) -> int: ...
+
+    def chosen(self, rows: Sequence[int]) -> Rows:
+        """These rows, in this order."""
+
+    def weighted_sum(self, weights: Sequence[float]) -> Tensor:
+        """The sum [p] of weight times row, float64, in an order that does not depend on who adds."""
+
+    def fetch(self) -> Tensor:
+        """All rows [n p] float32."""
+
+
 @dataclass(frozen=True)
 class Updates:
     """What the participants of a round contribute: all their adapters, front from the client and back from its session.
 
     `clients` ascending, `tokens` [n] the trained tokens behind each, `values` [n p] float32 on the CPU. A rank below the layout's is
     padded with zeros: `ranks` [n entries] int64 says how many rows of A and columns of B are a client's own (None: all). `sent` [n p]
-    says which values arrived (None: all); a value that did not arrive must not count.
+    says which values arrived (None: all); a value that did not arrive must not count. Where `kept` is given the rows lie elsewhere and
+    `values` is [0 p] until they are `fetched`; only a rule that is `linear` is handed updates like that.
     """
 
     clients: tuple[int, ...]
@@ -37,6 +54,24 @@ class Updates:
     layout: Layout
     ranks: Tensor | None = None
     sent: Tensor | None = None
+    kept: Rows | None = None
+
+    def fetched(self) -> Updates:
+        """The same with the rows here."""
+        return self if self.kept is None else replace(self, values=self.kept.fetch(), kept=None)
+
+    def mean(self) -> Tensor:
+        """The rows' mean [p], weighted by tokens: summed in float64, here in client order, and rounded to float32 once.
+
+        Raises AdapterError for values that are not finite, and when nothing was trained.
+        """
+        if self.kept is None:
+            require_finite(self)
+            return weighted_sum(self.weights().tolist(), self.values).float()
+        total = self.kept.weighted_sum(self.weights().tolist())
+        if not bool(torch.isfinite(total).all()):
+            require_finite(self.fetched())  # says whose they are; float32 values that are finite have a finite sum
+        return total.float()
 
     def weights(self) -> Tensor:
         """Each participant's share of the tokens [n], float64. Raises AdapterError when nothing was trained."""
@@ -67,6 +102,7 @@ class Aggregator(ABC):
 
     `unequal_ranks`: clients may train at different ranks. `folds`: the rule changes the frozen weights.
     `partial_uploads`: it understands `Updates.sent`. `resets`: every merge leaves fresh adapters that clients can make themselves.
+    `linear`: of whole uploads it needs nothing but their `Updates.mean`, so rows may stay where they were trained.
     """
 
     references: ClassVar[tuple[str, ...]] = ()
@@ -74,6 +110,7 @@ class Aggregator(ABC):
     folds: ClassVar[bool] = False
     partial_uploads: ClassVar[bool] = False
     resets: ClassVar[bool] = False
+    linear: ClassVar[bool] = False
 
     @property
     def segments(self) -> int:
@@ -106,9 +143,20 @@ class Aggregator(ABC):
         """
 
 
+def weighted_sum(weights: Sequence[float], values: Tensor, before: Tensor | None = None) -> Tensor:
+    """The sum [p] of weight times row of `values` [n p], in float64 and in their order; `before` [p] is what it goes on from."""
+    total = torch.zeros(values.shape[1], dtype=torch.float64) if before is None else before.clone()
+    wide = torch.empty_like(total)  # one for all rows: fresh memory for each would take longer than the sum
+    for weight, row in zip(weights, values, strict=True):
+        total.add_(wide.copy_(row), alpha=weight)
+    return total
+
+
 def require_finite(updates: Updates) -> None:
     """AdapterError naming the first client whose adapters hold NaN or infinity."""
-    good = torch.isfinite(updates.values).all(1)
-    if not bool(good.all()):
-        client = updates.clients[int((~good).nonzero()[0])]
-        raise AdapterError(f"the update of client {client} holds NaN or infinity.", "lower train.learning_rate, or set train.clip_norm.")
+    for client, row in zip(updates.clients, updates.values, strict=True):
+        # A norm that is finite is the quicker proof; one that is not may have overflowed.
+        if not math.isfinite(float(torch.linalg.vector_norm(row))) and not bool(torch.isfinite(row).all()):
+            raise AdapterError(
+                f"the update of client {client} holds NaN or infinity.", "lower train.learning_rate, or set train.clip_norm."
+            )

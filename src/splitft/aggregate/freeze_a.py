@@ -8,8 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from splitft.aggregate.base import Aggregator, Merged, State, Updates, require_finite
-from splitft.aggregate.terms import cut_off, mean_row
+from splitft.aggregate.base import Aggregator, Merged, State, Updates
+from splitft.aggregate.terms import cut_off
 from splitft.lora import Layout
 
 
@@ -27,6 +27,7 @@ class FreezeA(Aggregator):
 
     references: ClassVar[tuple[str, ...]] = ("2403.12313",)
     unequal_ranks: ClassVar[bool] = True
+    linear: ClassVar[bool] = True
 
     def trained(self, layout: Layout) -> Tensor:
         """The columns of B."""
@@ -40,6 +41,4 @@ class FreezeA(Aggregator):
         return cut_off(layout, row, ranks)
 
     def merge(self, before: Tensor, updates: Updates, state: State) -> Merged:
-        require_finite(updates)
-        mean = mean_row(updates.weights(), updates.values)
-        return Merged(torch.where(self.trained(updates.layout), mean, before), state)
+        return Merged(torch.where(self.trained(updates.layout), updates.mean(), before), state)

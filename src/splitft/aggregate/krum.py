@@ -20,6 +20,8 @@ from splitft.aggregate.wrapper import (
 )
 from splitft.errors import AdapterError
 
+CHUNK = 1 << 14  # columns whose distances are taken at a time
+
 
 @dataclass(frozen=True)
 class Krum(Wrapper):
@@ -68,7 +70,10 @@ class Krum(Wrapper):
 
     def _scores(self, values: Tensor) -> list[float]:
         """Sum of squared distances of each update [n p] to its nearest others, differences first: updates share most of their length."""
-        distances = torch.cdist(values.double(), values.double(), compute_mode="donot_use_mm_for_euclid_dist").square()
+        distances = torch.zeros(len(values), len(values), dtype=torch.float64)
+        for start in range(0, values.shape[1], CHUNK):  # by columns, so that no second matrix of this size is made
+            part = values[:, start : start + CHUNK].double()
+            distances += torch.cdist(part, part, compute_mode="donot_use_mm_for_euclid_dist").square()
         neighbours = len(values) - self.attackers - 2
         others = distances.fill_diagonal_(torch.inf).sort(1).values[:, :neighbours]
         return [float(score) for score in others.sum(1)]

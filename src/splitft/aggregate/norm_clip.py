@@ -35,7 +35,8 @@ class NormClip(Wrapper):
         starts = self._starts(before, updates)
         norms = torch.stack([torch.linalg.vector_norm(_change(updates, starts, row)) for row in rows])
         limit = self.limit or float(torch.quantile(norms[heard], 0.5))
-        values = updates.values.clone()
+        # Where all are within the limit there is nothing to write, and the rows are left where they are.
+        values = updates.values.clone() if bool((norms > limit).any()) else updates.values
         for row, norm in enumerate(norms.tolist()):
             if norm > limit:  # a change within the limit is left alone to the last bit
                 values[row] = (updates.values[row].double() - _change(updates, starts, row) * (1 - limit / norm)).float()

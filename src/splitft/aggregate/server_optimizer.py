@@ -32,6 +32,7 @@ class ServerOptimizer(Wrapper):
         require_number(
             "learning_rate", self.learning_rate, "a number above 0", lambda value: value > 0, "Choose 1.0 for FedAvg's own step."
         )
+        object.__setattr__(self, "linear", self.rule.linear)  # it looks at nothing but the inner rule's adapter
         if self.folds:
             raise ConfigError(
                 "a server optimizer needs a rule that keeps the adapter, and the rule inside folds it into the frozen weights.",

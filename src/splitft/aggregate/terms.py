@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from splitft.aggregate.base import Updates
+from splitft.aggregate.base import Updates, weighted_sum
 from splitft.errors import AdapterError
 from splitft.lora import Layout
 from splitft.lowrank import energy
@@ -41,10 +41,7 @@ def mean_terms(updates: Updates) -> dict[Key, Terms]:
 
 def mean_row(weights: Tensor, values: Tensor) -> Tensor:
     """Weighted sum of the rows of `values` [n p] in float64 and in their order, rounded to float32 once."""
-    total = torch.zeros(values.shape[1], dtype=torch.float64)
-    for weight, row in zip(weights.tolist(), values, strict=True):
-        total.add_(row.double(), alpha=weight)
-    return total.float()
+    return weighted_sum(weights.tolist(), values).float()
 
 
 def require_equal_ranks(updates: Updates, rule: str) -> None:

@@ -40,18 +40,19 @@ class ZeroPad(Aggregator):
     def __post_init__(self) -> None:
         if self.weights not in WEIGHTS:
             raise ConfigError(f"aggregator.weights is {self.weights!r}.", f"choose one of {', '.join(WEIGHTS)}.")
+        object.__setattr__(self, "linear", self.weights == "tokens")  # a client's norm takes its row
 
     def distribute(self, layout: Layout, row: Tensor, ranks: Tensor) -> tuple[Tensor, float]:
         """The first rows and columns, as they are."""
         return cut_off(layout, row, ranks)
 
     def merge(self, before: Tensor, updates: Updates, state: State) -> Merged:
+        if self.weights == "tokens":
+            return Merged(updates.mean(), state)
         require_finite(updates)
         weights = updates.weights()
-        if self.weights == "norm":
-            norms = torch.tensor([_norm(updates.layout, row) for row in updates.values], dtype=torch.float64) * (weights > 0)
-            weights = norms / norms.sum() if float(norms.sum()) > 0 else weights
-        return Merged(mean_row(weights, updates.values), state)
+        norms = torch.tensor([_norm(updates.layout, row) for row in updates.values], dtype=torch.float64) * (weights > 0)
+        return Merged(mean_row(norms / norms.sum() if float(norms.sum()) > 0 else weights, updates.values), state)
 
 
 def _norm(layout: Layout, row: Tensor) -> float:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from splitft import config as configuration
-from splitft.apps.console import prepare_process
+from splitft.apps.console import prepare_process, starting
 from splitft.config import RunConfig, override
 from splitft.errors import CheckpointError, ConfigError
 
@@ -48,9 +48,10 @@ def open_run(config: Source = None, overrides: Sequence[str] = (), *, resume: bo
     folder = _folder(settled, resume)
     if "torch" not in sys.modules:
         prepare_process(settled.engine.threads)
-    from splitft.apps.session import FederatedRun
+    with starting():
+        from splitft.apps.session import FederatedRun
 
-    return FederatedRun(settled, folder)
+        return FederatedRun(settled, folder)
 
 
 def run(config: Source = None, overrides: Sequence[str] = (), *, resume: bool | Path | str = False) -> FederatedRun:

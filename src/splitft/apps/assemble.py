@@ -20,7 +20,9 @@ from splitft.adapt.cost import CostModel
 from splitft.adapt.fleets import Device, draw_fleet
 from splitft.adapt.profiles import PRESETS, assign_profiles, find_profile, load_profiles
 from splitft.aggregate.base import Aggregator
+from splitft.apps.capacity import kept_kinds, largest_pass, open_shelf
 from splitft.apps.combinations import clashes_of
+from splitft.apps.executors import executor_of, in_slots, require_engine
 from splitft.clock import Network
 from splitft.compress.base import HEADER_BYTES, Codec
 from splitft.compress.identity import Identity
@@ -29,16 +31,14 @@ from splitft.data.base import FederatedData, Partition, Source
 from splitft.data.federate import federate
 from splitft.data.order import BatchOrder
 from splitft.engine.attendance import Attendance
-from splitft.engine.cohort import CohortExecutor
 from splitft.engine.rounds import Executor, Rules
 from splitft.engine.settings import Federation, TrainSettings
-from splitft.engine.workers import WorkersExecutor
 from splitft.errors import ConfigError, ResourceError
 from splitft.lora import Layout
 from splitft.models.anatomy import describe
-from splitft.models.attention import register as register_attention
+from splitft.models.attention import suited
 from splitft.models.base import Anatomy
-from splitft.models.load import load_model, load_model_config, load_tokenizer
+from splitft.models.load import causal_class, load_model, load_model_config, load_tokenizer
 from splitft.optimizer import AdamW, Schedule
 from splitft.peft_format import read_adapter
 from splitft.ranks.base import RankPolicy
@@ -80,7 +80,7 @@ class Base:
 
 @dataclass(frozen=True)
 class Assembly:
-    """All fixed parts of a run, and the adapter it starts from [p]."""
+    """All fixed parts of a run, and the adapter it starts from [p]. `close` lets go of what the executor holds beside memory."""
 
     config: RunConfig
     base: Base
@@ -94,6 +94,7 @@ class Assembly:
     shape: ModelShape
     start: Tensor
     identity: dict[str, Any]
+    close: Callable[[], None] = lambda: None
 
 
 def build_components(config: RunConfig) -> Components:
@@ -132,22 +133,31 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Type of the frozen weights. `auto`: bfloat16 where the hardware multiplies it natively (CUDA, CPUs with AMX), else float32."""
+    """Type of the frozen weights. `auto`: bfloat16 where the hardware multiplies it natively (CUDA; CPUs with AMX or AVX-512 BF16, where
+    such a product takes a quarter of the time), else float32."""
     if name != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
-    native = torch.cuda.is_bf16_supported() if device.type == "cuda" else device.type == "cpu" and torch.cpu._is_amx_tile_supported()
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported()
+    else:
+        native = device.type == "cpu" and (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
     return torch.bfloat16 if native else torch.float32
 
 
 def load_base(config: RunConfig) -> Base:
     """What is known of the model before its weights are read, self-check included."""
     device = choose_device(config.engine.device)
+    if config.model.device_map and device.type != "cuda":
+        raise ResourceError(
+            f"model.device_map is {config.model.device_map!r}; this run computes on {device.type}.",
+            "it spreads a model over several GPUs: leave it out here.",
+        )
     dtype = choose_dtype(config.model.dtype, device)
     model_config = load_model_config(config.model.path, config.model.revision)
     tokenizer = load_tokenizer(config.model.path, config.model.revision)
     attention: str = config.model.attention
-    if dtype == torch.bfloat16 and device.type == "cpu" and attention == "sdpa":
-        attention = register_attention()
+    if device.type == "cpu" and attention == "sdpa":
+        attention = suited(causal_class(model_config))
     anatomy = inspect_family(model_config, config.model.path, attention, config.model.self_check)
     positions = int(getattr(model_config.get_text_config(), "max_position_embeddings", 0) or 0)
     if positions and config.tokens.block_tokens > positions:
@@ -160,12 +170,10 @@ def load_base(config: RunConfig) -> Base:
 
 def load_split(config: RunConfig, base: Base) -> tuple[SplitModel, ModelShape, PreTrainedModel]:
     """The whole model in slots, its shape for the cost model, and the transformers model inside."""
-    model = load_model(config.model.path, base.config, base.dtype, base.attention, revision=config.model.revision)
+    placed = config.model.device_map
+    model = load_model(config.model.path, base.config, base.dtype, base.attention, revision=config.model.revision, device_map=placed)
     shape = describe(model, config.model.path)
-    targets = config.lora.targets if isinstance(config.lora.targets, str) else list(config.lora.targets)
-    split = SplitModel(model.to(base.device), base.anatomy, targets)
-    split.set_checkpointing(config.model.gradient_checkpointing)
-    return split, shape, model
+    return in_slots(config, base.anatomy, model if placed else model.to(base.device)), shape, model
 
 
 def start_adapter(config: RunConfig, split: SplitModel) -> tuple[Layout, Tensor]:
@@ -179,9 +187,13 @@ def start_adapter(config: RunConfig, split: SplitModel) -> tuple[Layout, Tensor]
     return layout, layout.row(stored.factors)
 
 
-def assemble(config: RunConfig, on_stage: OnStage = lambda name: None) -> Assembly:
-    """Build everything; the slow parts are announced to `on_stage`. Raises the error of whatever does not fit."""
+def assemble(config: RunConfig, on_stage: OnStage = lambda name: None, folder: Path | None = None) -> Assembly:
+    """Build everything; the slow parts are announced to `on_stage`. Raises the error of whatever does not fit.
+
+    `folder` is the run's, where it may keep scratch files; without one, what clients keep is in memory, the old beside the new.
+    """
     components = build_components(config)
+    require_engine(config)
     on_stage("check the model")
     base = load_base(config)
     if components.aggregator.folds and base.dtype != torch.float32:
@@ -208,7 +220,9 @@ def assemble(config: RunConfig, on_stage: OnStage = lambda name: None) -> Assemb
     settings = train_settings(config, components)
     orders = tuple(BatchOrder(len(one.train), settings.batch_size, config.seed, one.client) for one in data.clients)
     trained = components.aggregator.trained(layout)
-    federation = Federation(split, layout, data.clients, orders, settings, shape.vocabulary, base.device, start, trained)
+    kinds = kept_kinds(config, components.synchronisation.always)
+    shelf = None if folder is None else open_shelf(config, len(data.clients), layout.parameters, kinds, folder)
+    federation = Federation(split, layout, data.clients, orders, settings, shape.vocabulary, base.device, start, trained, shelf)
     devices, server = fleet_of(config, len(data.clients))
     if not components.synchronisation.always and any(one.availability < 1 or one.dropout > 0 for one in devices):
         raise ConfigError(
@@ -216,11 +230,7 @@ def assemble(config: RunConfig, on_stage: OnStage = lambda name: None) -> Assemb
             "choose a fleet without drop-outs in which everyone is available.",
         )
     costs = tuple(cost_model(config, shape, server, components, layout, base, math.ceil(one.train.lengths.mean())) for one in data.clients)
-    executor: Executor = (
-        CohortExecutor(federation, config.engine.cohort_size)
-        if config.engine.name == "cohort"
-        else WorkersExecutor(federation, catalog.build("transport", "inproc", {}), config.engine.deterministic)
-    )
+    executor, close = executor_of(config, components, base, federation, largest_pass(config, federation, costs, kinds), on_stage)
     return Assembly(
         config,
         base,
@@ -234,6 +244,7 @@ def assemble(config: RunConfig, on_stage: OnStage = lambda name: None) -> Assemb
         shape,
         start,
         identity_of(config, split, data, layout),
+        close,
     )
 
 
@@ -320,7 +331,7 @@ def cost_model(
     config: RunConfig, shape: ModelShape, server: Profile, components: Components, layout: Layout, base: Base, tokens: int
 ) -> CostModel:
     """The cost model of one client whose rows have `tokens` tokens on average."""
-    probe = (1, tokens, shape.hidden_size)
+    probe = (config.train.batch_size * tokens, shape.hidden_size)  # a step's packet: what a codec sends once for each is shared by all rows
     values = math.prod(probe)
     return CostModel(
         shape=shape,

@@ -273,6 +273,22 @@ _PAPERS = (
         2019,
         "1903.03934",
     ),
+    Reference(
+        "dettmers2022int8",
+        "Dettmers, Tim and Lewis, Mike and Belkada, Younes and Zettlemoyer, Luke",
+        "LLM.int8(): 8-bit Matrix Multiplication for Transformers at Scale",
+        2022,
+        "2208.07339",
+        "Advances in Neural Information Processing Systems",
+    ),
+    Reference(
+        "alistarh2017qsgd",
+        "Alistarh, Dan and Grubic, Demjan and Li, Jerry Z. and Tomioka, Ryota and Vojnovic, Milan",
+        "QSGD: Communication-Efficient SGD via Gradient Quantization and Encoding",
+        2017,
+        "1610.02132",
+        "Advances in Neural Information Processing Systems",
+    ),
 )
 REFERENCES: Mapping[str, Reference] = {paper.arxiv: paper for paper in _PAPERS}
 # What every run rests on; the rest is named by the components, or follows from fields that are no component.

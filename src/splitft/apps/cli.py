@@ -64,13 +64,19 @@ def run(
     ] = None,
     name: Annotated[str | None, typer.Option("--name", help="Name of the run and of its folder.", show_default=False)] = None,
     device: Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda or mps.", show_default=False)] = None,
+    engine: Annotated[str | None, typer.Option("--engine", help="cohort, ray or workers.", show_default=False)] = None,
+    address: Annotated[
+        str | None,
+        typer.Option("--address", metavar="ADDRESS", help="Ray to run on: auto, host:port or ray://host:port.", show_default=False),
+    ] = None,
     quiet: Quiet = False,
 ) -> None:
     """Train: plan, train, aggregate, evaluate, round after round; then write adapter and report."""
     path, overrides = split_arguments(arguments)
     if resume is not None and name is not None:
         raise ConfigError(f"--name {name} was given with --resume {resume}.", "A run keeps its name: leave --name out.")
-    overrides += [f"{field}={format_value(value)}" for field, value in (("name", name), ("engine.device", device)) if value is not None]
+    options = {"name": name, "engine.device": device, "engine.name": engine, "engine.address": address}
+    overrides += [f"{field}={format_value(value)}" for field, value in options.items() if value is not None]
     config = load(path, overrides) if resume is None else load_resumed(resume, path, overrides)
     _execute(config, resume, quiet)
 
@@ -91,9 +97,10 @@ def plan(arguments: ConfigAndOverrides = None) -> None:
     """Predict bytes, memory and seconds of every cut on the configured devices, without training."""
     config = load(*split_arguments(arguments))
     console.prepare_process(config.engine.threads)
-    from splitft.apps.plan_command import show_plan
+    with console.starting():
+        from splitft.apps.plan_command import show_plan
 
-    show_plan(config)
+        show_plan(config)
 
 
 @app.command()
@@ -159,18 +166,20 @@ def export(
 ) -> None:
     """Write a run's adapter as stock PEFT reads it, or the merged checkpoint."""
     console.prepare_process()
-    from splitft.apps.export import export as write_export
+    with console.starting():
+        from splitft.apps.export import export as write_export
 
-    typer.echo(write_export(run_dir, to, merged))
+        typer.echo(write_export(run_dir, to, merged))
 
 
 @app.command()
 def doctor() -> None:
     """Check this machine: Python, packages, cores, memory, disk, device, embedded model. Exit code 1 if something fails."""
     threads = console.prepare_process()
-    from splitft.apps.doctor import examine, show
+    with console.starting():
+        from splitft.apps.doctor import examine, show
 
-    checks = examine(threads)
+        checks = examine(threads)
     show(checks)
     if any(check.status == "fail" for check in checks):
         raise typer.Exit(1)
@@ -180,9 +189,11 @@ def doctor() -> None:
 def cite(arguments: ConfigAndOverrides = None) -> None:
     """Print the references of the methods a configuration uses."""
     config = load(*split_arguments(arguments))
-    from splitft.apps.cite import catalogue, references_of, render
+    with console.starting():
+        from splitft.apps.cite import catalogue, references_of, render
 
-    typer.echo(render(references_of(config, catalogue())))
+        found = catalogue()
+    typer.echo(render(references_of(config, found)))
 
 
 def split_arguments(arguments: Sequence[str] | None) -> tuple[Path | None, list[str]]:
@@ -225,8 +236,8 @@ def _execute(config: RunConfig, resume: Path | None, quiet: bool) -> None:
     threads = console.prepare_process(config.engine.threads)
     if not quiet:
         console.error_console().print(threads.describe(), style="dim")
-    from splitft.apps.execute import execute
-
+    with console.starting():
+        from splitft.apps.execute import execute
     execute(config, resume=resume, quiet=quiet)
 
 

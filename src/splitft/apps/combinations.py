@@ -16,6 +16,8 @@ def clashes_of(config: RunConfig, built: Components) -> Iterator[str]:
     yield from _of_server(config, built)
     yield from _of_folding(config, built)
     yield from _of_merging(config, built)
+    if config.engine.store == "disk" and config.engine.name == "workers":
+        yield 'engine.store = "disk" needs cohorts that take turns: engine.name = "workers" has all clients in memory at once'
     if config.policy.name == "splitft" and config.tokens.held_out == 0:
         yield 'policy "splitft" goes by the clients\' held-out text: set tokens.held_out above 0'
 
@@ -65,6 +67,8 @@ def _of_server(config: RunConfig, built: Components) -> Iterator[str]:
             yield f'train.moments = "keep" needs cuts that stay: with split.server = "{server}" a moved block has no moments of its own'
         if config.engine.name == "workers":
             yield f'split.server = "{server}" runs only with engine.name = "cohort" so far'
+        if config.engine.name == "ray":
+            yield f'split.server = "{server}" trains one set of adapters with all clients in turn, which engine.name = "ray" cannot divide'
 
 
 def _of_folding(config: RunConfig, built: Components) -> Iterator[str]:

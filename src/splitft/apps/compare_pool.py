@@ -84,8 +84,9 @@ class Worker:
 
 def environment(threads: int) -> dict[str, str]:
     """What a worker is started with: its threads, and waiting threads that sleep (more processes than one share the cores)."""
-    wanted = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"}
-    return {**os.environ, **wanted, "TOKENIZERS_PARALLELISM": "false"}
+    counts = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+    waiting = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0"}
+    return {**os.environ, **counts, **waiting, "TOKENIZERS_PARALLELISM": "false"}
 
 
 def start_worker(number: int, logs: Path, threads: int) -> Worker:

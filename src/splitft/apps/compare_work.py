@@ -76,9 +76,10 @@ def describe(error: Exception) -> dict[str, Any]:
 
 def work(values: dict[str, Any], folder: Path, send: Send) -> None:
     """Run to the end what is configured, from its last committed round if there is one."""
-    from splitft.apps.session import FederatedRun, stoppable
-    from splitft.config import parse_config
-    from splitft.engine import checkpoint
+    with console.starting():
+        from splitft.apps.session import FederatedRun, stoppable
+        from splitft.config import parse_config
+        from splitft.engine import checkpoint
 
     config = parse_config(values)
     with stoppable(folder) as check:
@@ -90,7 +91,8 @@ def work(values: dict[str, Any], folder: Path, send: Send) -> None:
                 send({"event": "round", "round": facts["record"].round})
             check()
 
-        run = FederatedRun(config, folder if checkpoint.exists(folder) else None, listen)
+        with console.starting():
+            run = FederatedRun(config, folder if checkpoint.exists(folder) else None, listen)
         try:
             send({"event": "round", "round": run.state.round})
             for _ in run.rounds():

@@ -36,6 +36,7 @@ def examine(threads: Threads, assets: Path = ASSETS) -> list[Check]:
     checks = [check_python(sys.version_info[:3]), *check_packages(declared_requirements(), importlib.metadata.version)]
     checks += [check_threads(threads, usable_cores()), check_memory(available_memory_bytes()), check_disk(Path.cwd())]
     checks += check_device()
+    checks.append(check_ray(importlib.metadata.version))
     checks += [check_embedded(assets), check_hub(os.environ.get("HF_HUB_OFFLINE", ""))]
     return checks
 
@@ -187,6 +188,14 @@ def check_embedded(assets: Path) -> Check:
             "embedded model", "fail", f"{folder.name} computes values that are not finite", "The package is damaged: reinstall it."
         )
     return Check("embedded model", "ok", f"{folder.name}, {sum(weight.numel() for weight in model.parameters()) / 1e6:.1f} M parameters")
+
+
+def check_ray(version_of: Callable[[str], str]) -> Check:
+    """Ray is optional: without it all runs stay on one machine."""
+    try:
+        return Check("ray", "ok", f'{version_of("ray")}, for engine.name = "ray"')
+    except importlib.metadata.PackageNotFoundError:
+        return Check("ray", "ok", 'not installed; engine.name = "ray" needs it: pip install "splitft[ray]"')
 
 
 def check_hub(offline: str) -> Check:

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
+from splitft.apps.console import starting
 from splitft.apps.report import summary_table
 from splitft.apps.report_record import load_record
 from splitft.apps.report_text import clean, plural
@@ -20,7 +21,12 @@ from splitft.config import RunConfig
 from splitft.engine.rounds import RoundRecord
 from splitft.errors import Interrupted
 
-STAGES = {"train": "training", "aggregate": "averaging adapters", "evaluate": "evaluating"}
+STAGES = {
+    "train": "training",
+    "evaluate the base": "evaluating the base model",
+    "aggregate": "averaging adapters",
+    "evaluate": "evaluating",
+}
 RECENT_ROUNDS = 8
 
 
@@ -152,7 +158,8 @@ def execute(config: RunConfig, *, resume: Path | None = None, quiet: bool = Fals
             if event in ("step", "stage"):
                 check()
 
-        run = FederatedRun(config, resume, listen)
+        with starting(freeze=True):
+            run = FederatedRun(config, resume, listen)
         try:
             warnings = Warnings(folder / "journal.jsonl")
             rules = run.assembly.rules

@@ -225,6 +225,12 @@ def style_sheet() -> str:
     return modes + _PAGE + _PLOT + _classes() + _PRINT
 
 
+def plot_sheet() -> str:
+    """The part that a plot needs in a file of its own: colours for light and dark, marks and text."""
+    light, dark = _variables(LIGHT), _variables(DARK)
+    return f":root{{color-scheme:light dark;{light}}}@media (prefers-color-scheme:dark){{:root{{{dark}}}}}{_PLOT}{_classes()}"
+
+
 def _variables(colours: dict[str, str]) -> str:
     return "".join(f"--{name}:{value};" for name, value in colours.items())
 

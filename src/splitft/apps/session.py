@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,9 +20,11 @@ from splitft.clock import utc_now
 from splitft.config import RunConfig, load_config
 from splitft.engine import checkpoint
 from splitft.engine.closing import restore_weights
+from splitft.engine.cohort import CohortExecutor
 from splitft.engine.journal import Journal
 from splitft.engine.merging import unfolded
 from splitft.engine.rounds import RoundRecord, Run, run_rounds
+from splitft.engine.shelf import FOLDER as SHELF_FOLDER
 from splitft.errors import CheckpointError, ConfigError, Interrupted
 from splitft.models.load import resolve
 from splitft.peft_format import write_adapter
@@ -51,7 +54,7 @@ class FederatedRun:
         self.config = config
         try:
             torch.set_num_threads(config.engine.threads or torch.get_num_threads())
-            self.assembly = assemble(config, lambda name: listen("stage", {"name": name}))
+            self.assembly = assemble(config, lambda name: listen("stage", {"name": name}), self.folder)
             if config.engine.deterministic and self.assembly.base.device.type == "cuda":
                 torch.use_deterministic_algorithms(True, warn_only=True)
             self._originals = frozen_weights(self.assembly)
@@ -82,6 +85,7 @@ class FederatedRun:
 
     def _leave_nothing_empty(self) -> None:
         """After a start that failed: a folder with nothing but the lock would look like a run."""
+        shutil.rmtree(self.folder / SHELF_FOLDER, ignore_errors=True)
         if self.folder.is_dir() and {path.name for path in self.folder.iterdir()} == {".lock"}:
             (self.folder / ".lock").unlink()
             self.folder.rmdir()
@@ -113,7 +117,7 @@ class FederatedRun:
         return self._make(state, journal)
 
     def _resume(self) -> Run:
-        state = checkpoint.load(checkpoint.newest(self.folder))
+        state = checkpoint.load(checkpoint.newest(self.folder), self.assembly.federation.shelf)
         checkpoint.require_same(state.identity, self.assembly.identity, self.folder)
         changed = changed_fields(load_config(self.folder / "config.toml"), self.config)
         if refused := [name for name in changed if name.split(".")[0] in STATEFUL or name in STATEFUL_FIELDS]:
@@ -145,6 +149,7 @@ class FederatedRun:
             journal,
             state,
         )
+        same_cohorts(built, state)
         run.on_step = lambda count: self.listen("step", {"count": count})
         run.on_stage = lambda name: self.listen("stage", {"name": name})
         return run
@@ -189,8 +194,18 @@ class FederatedRun:
             self._run.journal.append({"event": "interrupted", "round": self._run.state.round, "utc": utc_now()})
 
     def close(self) -> None:
-        """Let go of the run folder."""
+        """Let go of the run folder, and of what the engine holds."""
+        if hasattr(self, "assembly"):
+            self.assembly.close()
+            if self.assembly.federation.shelf is not None:
+                self.assembly.federation.shelf.close()
         self._lock.close()
+
+
+def same_cohorts(built: Assembly, state: checkpoint.RunState) -> None:
+    """Go on with cohorts of the size the run began with, whatever memory is free today: it shows in the last bits of the numbers."""
+    if isinstance(built.executor, CohortExecutor) and not built.config.engine.cohort_size:
+        built.executor.size = int(state.notes.setdefault("cohort_size", built.executor.size))
 
 
 def changed_fields(before: RunConfig, now: RunConfig) -> dict[str, Any]:

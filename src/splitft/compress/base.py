@@ -85,11 +85,20 @@ _TORN = "the message is damaged or not splitft's; check the connection and that 
 
 
 class Codec(ABC):
-    """Encode and decode tensors of any shape up to four axes whose last is the channel axis (d). Lossless codecs say so."""
+    """Encode and decode tensors of any shape up to four axes whose last is the channel axis (d). Lossless codecs say so.
+
+    A cohort goes through `encode_batch` and `decode_batch`: the rows of its packets one after the other, [q d], of any number for each.
+    They give what one packet after the other would, bit for bit. A codec without memory derives from `Stateless`, which has both.
+    """
 
     number: ClassVar[int]
     references: ClassVar[tuple[str, ...]] = ()
     lossless: ClassVar[bool] = False
+
+    @property
+    def draws(self) -> bool:
+        """Whether `encode` draws random numbers: then it must be given a generator, a new one for every packet."""
+        return False
 
     def init(self) -> State:
         """The state both ends start from; None for a codec without memory."""
@@ -107,23 +116,31 @@ class Codec(ABC):
     def packet_bytes(self, shape: Sequence[int], dtype: torch.dtype) -> int:
         """Length on the wire for a tensor of this shape and dtype: exact, or an upper bound for codecs of variable rate."""
 
+    def error_bound(self, tensor: Tensor) -> Tensor | None:
+        """What each element may differ by after the wire, in float64 and in the tensor's shape; None where no such bound is declared."""
+        return torch.zeros_like(tensor, dtype=torch.float64) if self.lossless else None
+
     def encode_batch(
-        self, tensor: Tensor, states: Sequence[State], generators: Sequence[torch.Generator | None]
+        self, rows: Tensor, counts: Sequence[int], states: Sequence[State], generators: Sequence[torch.Generator | None]
     ) -> tuple[list[Packet], list[State]]:
-        """One packet for each client of `tensor` [n ..]; codecs that can encode a whole cohort in one pass override this."""
-        pairs = [self.encode(part, state, generator) for part, state, generator in zip(tensor, states, generators, strict=True)]
+        """A packet for each of `counts`: of that many of the rows [q d], in order. Codecs that can do all in one pass override this."""
+        parts = torch.split(rows, list(counts))
+        pairs = [self.encode(part, state, generator) for part, state, generator in zip(parts, states, generators, strict=True)]
         return [packet for packet, _ in pairs], [state for _, state in pairs]
 
-    def decode_batch(self, packets: Sequence[Packet], states: Sequence[State]) -> tuple[Tensor, list[State]]:
-        """The inverse of `encode_batch`: [n ..]."""
+    def decode_batch(
+        self, packets: Sequence[Packet], states: Sequence[State], device: torch.device | None = None
+    ) -> tuple[Tensor, list[State]]:
+        """The inverse of `encode_batch`: rows [q d], on the CPU or the given device. At least one packet, all of one width and dtype."""
         pairs = [self.decode(packet, state) for packet, state in zip(packets, states, strict=True)]
-        return torch.stack([tensor for tensor, _ in pairs]), [state for _, state in pairs]
+        return torch.cat([tensor for tensor, _ in pairs]).to(device or "cpu"), [state for _, state in pairs]
 
 
 def require_finite(tensor: Tensor, where: str) -> None:
     """CodecError when a value is NaN or infinite; the message counts them."""
     # A finite sum has only finite terms; only a sum that overflowed needs the second look.
-    if bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all()):
+    total = tensor.sum(dtype=torch.float32) if tensor.dtype == torch.float16 else tensor.sum()
+    if math.isfinite(total.item()) or bool(torch.isfinite(tensor).all()):
         return
     bad = int(tensor.numel() - torch.isfinite(tensor).sum())
     kind = "NaN" if bool(torch.isnan(tensor).any()) else "infinite"
@@ -140,17 +157,17 @@ def to_bytes(tensor: Tensor) -> memoryview:
     return memoryview(array)
 
 
-def equal_packets(codec: int, tensor: Tensor, encoded: Tensor) -> list[Packet]:
-    """One packet for each client of `tensor` [n ..], whose payload is that client's part of `encoded` [n ..]: one pass over the bytes."""
-    payload, size, shape = to_bytes(encoded), encoded[0].numel() * encoded.itemsize, tuple(tensor.shape[1:])
-    return [Packet(codec, tensor.dtype, shape, payload[k * size : (k + 1) * size]) for k in range(len(tensor))]
+def join(parts: Sequence[bytes | memoryview]) -> bytearray:
+    """The parts one after the other, in memory of its own: the one copy that decoding a whole cohort takes."""
+    return bytearray().join(parts)
 
 
-def from_bytes(payload: bytes | memoryview, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
-    """A tensor over a copy of the payload. Raises CodecError when the length does not fit the shape."""
+def from_bytes(payload: bytes | bytearray | memoryview, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
+    """A tensor over a copy of the payload; over a bytearray itself. Raises CodecError when the length does not fit the shape."""
     needed = math.prod(shape) * dtype.itemsize
     if len(payload) != needed:
         raise CodecError(f"payload of {len(payload)} bytes does not fill shape {tuple(shape)} of {dtype} ({needed} bytes).", _TORN)
     if needed == 0:
         return torch.empty(tuple(shape), dtype=dtype)
-    return torch.frombuffer(bytearray(payload), dtype=dtype).reshape(tuple(shape))
+    owned = payload if isinstance(payload, bytearray) else bytearray(payload)
+    return torch.frombuffer(owned, dtype=dtype).reshape(tuple(shape))

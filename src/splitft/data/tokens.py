@@ -95,13 +95,18 @@ def pack(documents: Sequence[TokenDocument], block_tokens: int) -> TokenRows:
         np.concatenate([np.zeros(0, np.int32), *(document.ids for document in documents)]),
         np.concatenate([np.zeros(0, np.bool_), *(document.trained for document in documents)]),
     )
-    starts = range(0, len(whole.ids) - block_tokens + 1, block_tokens)
-    blocks = [whole.cut(start, start + block_tokens) for start in starts]
-    kept = [block for block in blocks if _learns(block.trained)]
-    if not kept:
-        remainder = whole.cut(len(blocks) * block_tokens)
+    count = len(whole.ids) // block_tokens
+    ids = whole.ids[: count * block_tokens].reshape(count, block_tokens)
+    trained = whole.trained[: count * block_tokens].reshape(count, block_tokens)
+    learning = trained[:, 1:].any(1)
+    if not learning.any():
+        remainder = whole.cut(count * block_tokens)
         kept = [remainder] if _learns(remainder.trained) else []
-    return TokenRows.build(kept, dropped_tokens=len(whole.ids) - sum(len(block.ids) for block in kept))
+        return TokenRows.build(kept, dropped_tokens=len(whole.ids) - sum(len(row.ids) for row in kept))
+    kept_blocks = int(learning.sum())
+    offsets = np.arange(kept_blocks + 1, dtype=np.int64) * block_tokens
+    dropped = len(whole.ids) - kept_blocks * block_tokens
+    return TokenRows(ids[learning].reshape(-1), trained[learning].reshape(-1), offsets, dropped_tokens=dropped)
 
 
 def rows(documents: Sequence[TokenDocument], max_tokens: int) -> TokenRows:

@@ -54,6 +54,7 @@ def asynchronous_round(run: Run, index: int) -> Trained:
     for one in taken.values():
         one.record["barrier_wait_s"] = max(0.0, end_s - one.finish_s)
     result = _arrived(run, index, taken, began.result.states)
+    result.notices = began.result.notices
     records = sorted([*(one.record for one in taken.values()), *lost], key=lambda one: int(one["client"]))
     return Trained(prepared, replace(attended, lost=frozenset()), result, {}, records, waiting, (state.virtual_s, end_s))
 
@@ -62,7 +63,7 @@ def _start(run: Run, index: int, began: Trained, waiting: dict[int, Pending]) ->
     """Train those who begin now; their updates join `waiting`. Also the records of those who get lost."""
     prepared, attended, starting = began.prepared, began.attended, Starting(run)
     run.on_stage("train")
-    plan, first_step = RoundPlan(index, attended.plans), (index - 1) * run.rules.local_steps
+    plan, first_step = RoundPlan(index, attended.plans, lost=attended.lost), (index - 1) * run.rules.local_steps
     result = run.executor.train(plan, first_step, starting, {**run.state.clients, **prepared.clients}, run.on_step)
     count_moves(prepared, result.ledger)
     began = replace(began, result=result, truncated=starting.truncated)

@@ -131,8 +131,16 @@ def attend(
     steps.update({client: max(1, done) for client, done in vanished.items() if done is not None})
     lost = {client for client, done in vanished.items() if done is not None}
 
+    known: dict[tuple[Plan, Profile, Traffic, int, bool], ClientSchedule] = {}
+
+    def schedule_of(one: Plan, profile: Profile, moved: Mapping[int, Traffic], is_lost: bool) -> ClientSchedule:
+        form = (one, profile, moved[one.client], steps[one.client], is_lost)
+        if form not in known:  # a round that goes as planned asks for the same several times
+            known[form] = _schedule(one, profile, costs, moved, micro, steps[one.client], is_lost)
+        return known[form]
+
     def made(moved: Mapping[int, Traffic]) -> list[ClientSchedule]:
-        return [_schedule(one, profiles[one.client], costs, moved, micro, steps[one.client], one.client in lost) for one in plans]
+        return [schedule_of(one, profiles[one.client], moved, one.client in lost) for one in plans]
 
     def played(moved: Mapping[int, Traffic] = traffic) -> RoundTiming:
         return timed(made(moved), index, rules.seed, rules.server, costs[0].network, start_s)
@@ -152,9 +160,7 @@ def attend(
     if any(one.decided_later_bytes for one in traffic.values()):
         with_uploads = {client: replace(one, upload_bytes=one.decided_later_bytes) for client, one in traffic.items()}
         uploaded = _without_the_lost(played(with_uploads), lost, limit_s)
-    predicted_s = {
-        one.client: _schedule(one, devices[one.client].profile, costs, traffic, micro, steps[one.client], False).alone_s() for one in plans
-    }
+    predicted_s = {one.client: schedule_of(one, devices[one.client].profile, traffic, False).alone_s() for one in plans}
     # Who vanishes takes its adapters along: nothing of them is sent.
     shortened = tuple(replace(one, local_steps=steps[one.client], upload=one.upload and one.client not in lost) for one in plans)
     return Attended(shortened, frozenset(lost), timing, predicted_s, _turns(made(traffic), timing), uploaded)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from splitft.compress.base import Packet
+from splitft.compress.base import HEADER_BYTES, Packet
 from splitft.data.base import ClientData
 from splitft.data.order import BatchOrder
 from splitft.errors import DataError, ProtocolError
@@ -47,6 +47,28 @@ def length_mask(lengths: Tensor, width: int) -> Tensor | None:
     if bool((flat == width).all()):
         return None
     return (torch.arange(width)[None, :] < flat[:, None]).to(torch.int64)
+
+
+ALIKE = 0.8
+LEAST_TOKENS = 1024
+
+
+def alike(widths: Sequence[int], budget_tokens: int) -> list[list[int]]:
+    """Positions of `widths` (tokens of a session if it were padded to nothing but itself) in groups that share a pass.
+
+    A pass pads all sessions to its widest, so they are taken by width; a group ends where the next session would take it over the budget,
+    or is less than ALIKE of the widest while the group has LEAST_TOKENS, which is what a pass needs to use the processor well.
+    """
+    groups: list[list[int]] = []
+    for place in sorted(range(len(widths)), key=lambda one: -widths[one]):
+        if groups:
+            count, widest = len(groups[-1]), widths[groups[-1][0]]
+            fits = (count + 1) * widest <= budget_tokens
+            if fits and (widths[place] >= ALIKE * widest or count * widest < LEAST_TOKENS):
+                groups[-1].append(place)
+                continue
+        groups.append([place])
+    return [sorted(group) for group in groups]
 
 
 def gather(clients: Sequence[ClientData], orders: Sequence[BatchOrder], steps: Sequence[int], device: torch.device) -> Batch:
@@ -92,6 +114,11 @@ def label_packet(labels: Tensor, vocabulary: int) -> Packet:
     coded = torch.where(labels == IGNORE_LABEL, ignore, labels).cpu().to(torch.int32)
     narrow = coded.numpy().astype(np.uint16) if dtype == torch.uint16 else coded.numpy()
     return Packet(LABEL_CODEC, dtype, tuple(labels.shape), narrow.tobytes())
+
+
+def label_bytes(count: int, vocabulary: int) -> int:
+    """Length of the packet of so many labels."""
+    return HEADER_BYTES + count * (2 if vocabulary < 65_535 else 4)
 
 
 def read_labels(packet: Packet, vocabulary: int, count: int) -> Tensor:

@@ -7,7 +7,6 @@ the same numbers.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -17,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from splitft.engine import tensor_file
 from splitft.engine.settings import ClientState
+from splitft.engine.shelf import Shelf
 from splitft.errors import CheckpointError
 
 FORMAT = 2
@@ -104,18 +103,17 @@ def facts_of(state: RunState) -> dict[str, Any]:
     }
 
 
-def save(folder: Path, state: RunState, keep: int) -> Path:
-    """Write the checkpoint of `state` below a run folder and drop all but the newest `keep`."""
+def save(folder: Path, state: RunState, keep: int, shelf: Shelf | None = None) -> Path:
+    """Write the checkpoint of `state`, whose rows lie on the `shelf`, below a run folder and drop all but the newest `keep`."""
     parent = folder / FOLDER
     parent.mkdir(parents=True, exist_ok=True)
     target, temporary = parent / f"round-{state.round:05d}", parent / f".round-{state.round:05d}.part"
     if temporary.exists():
         shutil.rmtree(temporary)
     temporary.mkdir()
-    save_file(tensors_of(state), temporary / "tensors.safetensors")
-    digest = hashlib.sha256((temporary / "tensors.safetensors").read_bytes()).hexdigest()
+    digest = tensor_file.write(temporary / "tensors.safetensors", tensors_of(state), *([] if shelf is None else [shelf.rest]))
     facts = {**facts_of(state), "sha256": digest}
-    (temporary / "state.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    (temporary / "state.json").write_text(json.dumps(facts) + "\n", encoding="utf-8")
     for path in (temporary / "tensors.safetensors", temporary / "state.json", temporary):
         _sync(path)
     if target.exists():  # the same round again: the old one steps aside first, so that one of the two is always whole
@@ -176,21 +174,35 @@ def newest(folder: Path) -> Path:
     return found[-1]
 
 
-def load(path: Path) -> RunState:
-    """The state in a checkpoint folder. Raises CheckpointError naming the file for anything missing, damaged or of another format."""
+def load(path: Path, shelf: Shelf | None = None) -> RunState:
+    """The state in a checkpoint folder; what clients keep goes onto the shelf, if there is one.
+
+    Raises CheckpointError naming the file for anything missing, damaged or of another format.
+    """
     remedy = f"delete {path} to go back to the checkpoint before it, or start a new run."
     try:
         facts = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        data = (path / "tensors.safetensors").read_bytes()
+        tensors = path / "tensors.safetensors"
         if facts["format"] != FORMAT:
             raise CheckpointError(
                 f"{path} has format {facts['format']}, this version reads {FORMAT}.", "use the splitft version that wrote it."
             )
-        if hashlib.sha256(data).hexdigest() != facts["sha256"]:
-            raise CheckpointError(f"{path / 'tensors.safetensors'} is damaged: its checksum is not the one in state.json.", remedy)
-        return _state(facts, load_file(path / "tensors.safetensors"))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as problem:
+        if tensor_file.digest_of(tensors) != facts["sha256"]:
+            raise CheckpointError(f"{tensors} is damaged: its checksum is not the one in state.json.", remedy)
+        return _state(facts, tensor_file.read(tensors, _places(shelf)))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
         raise CheckpointError(f"{path} cannot be read: {type(problem).__name__}: {problem}.", remedy) from problem
+
+
+def _places(shelf: Shelf | None) -> tensor_file.Destination:
+    """Where on the shelf the tensors of clients have their places, by their names in the file."""
+
+    def place(name: str, form: tensor_file.Form) -> Tensor | None:
+        owner, _, rest = name.partition(".")
+        client, _, kind = rest.rpartition(".")
+        return None if shelf is None or owner != "client" else shelf.place(kind, int(client))
+
+    return place
 
 
 def _state(facts: dict[str, Any], tensors: dict[str, Tensor]) -> RunState:

@@ -22,7 +22,7 @@ from splitft.messages import Frame, RoundAccepted, RoundStart, StepFields, Type,
 from splitft.optimizer import clip_factor
 from splitft.split import Route
 from splitft.types import Plan
-from splitft.wire import Stream
+from splitft.wire import Stream, open_streams
 
 Talk = Generator[bytes, bytes, None]
 
@@ -99,8 +99,9 @@ class Client:
         self._begin(frame)
         settings = federation.settings
         self.moments = load_moments([self.before], federation.layout, settings, federation.device, [self.plan])
-        self.uplink, self.downlink = Stream.open(settings.uplink), Stream.open(settings.downlink)
-        self.exit_down, self.exit_up = Stream.open(settings.downlink), Stream.open(settings.uplink)
+        self.uplink, self.downlink, self.exit_down, self.exit_up = open_streams(
+            settings.uplink, settings.downlink, settings.seed, self.client, start.round
+        )
 
     def _begin(self, frame: Frame) -> None:
         """The adapters of this client's blocks: what it knows (the start, or its own of the round before), and what was sent."""
@@ -169,12 +170,12 @@ class Client:
 
     def _front(self, batch: Batch) -> Tensor:
         route = Route(batch.ids.shape[0], last=self.plan.cut - 1, bank=self.bank)
-        return self.federation.split.run(route, batch.ids, batch.mask)
+        return self.federation.split.run(route, batch.ids, self.federation.split.needed_mask(batch.mask))
 
     def _alone(self, fields: StepFields, batch: Batch) -> StepFields:
         """The whole model is here: nothing crosses a cut."""
         split = self.federation.split
-        hidden = split.run(Route(batch.ids.shape[0], bank=self.bank), batch.ids, batch.mask)
+        hidden = split.run(Route(batch.ids.shape[0], bank=self.bank), batch.ids, split.needed_mask(batch.mask))
         weight = torch.full((batch.ids.shape[0],), 1.0 / fields.normaliser, device=hidden.device)
         loss, sums = training_loss(hidden, Targets.of(batch.labels, hidden.device), weight, split.head, split.anatomy)
         loss.backward()  # type: ignore[no-untyped-call]
@@ -201,7 +202,7 @@ class Client:
         state = self._receive(self.exit_down, reply, hidden, valid).requires_grad_(True)
         split = self.federation.split
         route = Route(batch.ids.shape[0], entries={self.ownership.server_end: state}, bank=self.bank)
-        final = split.run(route, None, batch.mask)
+        final = split.run(route, None, split.needed_mask(batch.mask))
         weight = torch.full((batch.ids.shape[0],), 1.0 / fields.normaliser, device=final.device)
         loss, sums = training_loss(final, Targets.of(batch.labels, final.device), weight, split.head, split.anatomy)
         loss.backward()  # type: ignore[no-untyped-call]
@@ -213,8 +214,7 @@ class Client:
 
     def _send(self, stream: Stream, tensor: Tensor, valid: Tensor | None) -> bytes:
         """The packet of a tensor [b t d], padding left out."""
-        packet, stream.sender = stream.codec.encode(_valid(tensor.detach().reshape(-1, tensor.shape[-1]), valid), stream.sender)
-        return packet_bytes(packet)
+        return packet_bytes(stream.send(_valid(tensor.detach().reshape(-1, tensor.shape[-1]), valid)))
 
     def _receive(self, stream: Stream, frame: Frame, like: Tensor, valid: Tensor | None) -> Tensor:
         """A tensor shaped as `like` from the frame's packet; padding is zero."""

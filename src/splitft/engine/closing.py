@@ -11,7 +11,7 @@ from torch import Tensor
 from splitft.aggregate.base import Updates
 from splitft.engine.checkpoint import Pending, RunState
 from splitft.engine.exchange import Ownership, put, take
-from splitft.engine.merging import Outcome, collect, importance, mean_of, merge, updates_of, weight_norms
+from splitft.engine.merging import Outcome, collect, importance, mean_of, merge, rows_of, updates_of, weight_norms
 from splitft.engine.planning import remember_cuts
 from splitft.engine.record import Trained, observations_of, round_event
 from splitft.engine.settings import SHARED_SERVER, ClientState, Federation
@@ -72,7 +72,7 @@ def close_round(run: Run, index: int, trained: Trained) -> Closed:
     """Aggregate what came through, and let clients keep what is theirs."""
     state, federation = run.state, run.federation
     contributes = [plan.client not in trained.attended.lost for plan in trained.result.plans]
-    warnings: list[dict[str, Any]] = []
+    warnings: list[dict[str, Any]] = [{"event": "warning", "round": index, "text": text} for text in trained.result.notices]
 
     def warn(client: int, cuts: list[int]) -> None:
         text = f"the cut of client {client} goes back and forth: {cuts}; give the policy a wider dead band or a longer cool-down."
@@ -120,10 +120,17 @@ def _own_models(
         cut = plans[client].cut if client in plans else one.cut
         plan = Plan(client, cut, 1, 1, run.rules.exit_on_client, run.rules.tail_blocks)
         columns = Ownership(plan, run.federation.split.blocks).client_columns(run.federation.layout)
-        row = outcome.adapters.clone()
-        put(row, columns, take(own, columns))
+        mine = take(own, columns)  # a copy, so the row below may be written where it came from
+        row = _kept(run, client, outcome.adapters)
+        put(row, columns, mine)
         found[client] = replace(one, adapter=row, cut=cut)
     return found
+
+
+def _kept(run: Run, client: int, row: Tensor) -> Tensor:
+    """A copy of an adapter [p] that a client keeps for longer than a round."""
+    shelf = run.federation.shelf
+    return row.clone() if shelf is None else shelf.keep("adapter", client, row)
 
 
 def _unchanged(run: Run) -> Outcome:
@@ -156,7 +163,7 @@ def _perhaps(run: Run, index: int, trained: Trained, contributes: list[bool], cl
         for row, plan in enumerate(result.plans):
             if contributes[row]:
                 collect(federation, replace(plan, upload=True), result.values[row], result)
-        received = replace(updates, values=result.values[[row for row, counts in enumerate(contributes) if counts]], sent=None)
+        received = replace(updates, values=rows_of(result.values, [row for row, counts in enumerate(contributes) if counts]), sent=None)
         outcome = merge(run.aggregator, state.adapters, received, state.aggregator, federation.split)
         closed.outcome = replace(outcome, metrics={**outcome.metrics, **decision.metrics})
         closed.aggregated, closed.evaluated = True, outcome.adapters
@@ -170,7 +177,7 @@ def _perhaps(run: Run, index: int, trained: Trained, contributes: list[bool], cl
     closed.evaluated = mean_of(updates)
     for row, plan in enumerate(result.plans):
         if contributes[row]:
-            closed.clients[plan.client] = replace(closed.clients[plan.client], adapter=result.values[row].clone())
+            closed.clients[plan.client] = replace(closed.clients[plan.client], adapter=_kept(run, plan.client, result.values[row]))
     return closed
 
 

@@ -13,18 +13,18 @@ import torch
 from torch import Tensor
 
 from splitft.compress.base import Packet
-from splitft.engine.batches import Batch, gather, label_packet, require_targets
+from splitft.engine.batches import Batch, alike, gather, label_bytes, require_targets
 from splitft.engine.exchange import Ownership, decode_vector, encode_vector, put, round_end_frame, round_start_frame, take
 from splitft.engine.ledger import Ledger
 from splitft.engine.settings import SHARED_SERVER, ClientState, Federation, OnStep, RoundResult, Starts, is_low, load_moments, next_state
-from splitft.lora import AdapterBank
+from splitft.lora import AdapterBank, wide
 from splitft.loss import Targets, training_loss
 from splitft.messages import FRAME_BYTES, STEP_BYTES, RoundAccepted, Type, round_frame
 from splitft.optimizer import clip_factor
 from splitft.rng import numpy_stream
 from splitft.split import Route
 from splitft.types import Plan, RoundPlan
-from splitft.wire import Stream, Wire, cross
+from splitft.wire import Stream, Wire, cross, open_streams
 
 
 class Cohort:
@@ -57,10 +57,10 @@ class Cohort:
         )
         self.ledger = Ledger()
         self.loss_sums = torch.zeros(len(plans), dtype=torch.float64)
-        self.squared = torch.zeros(len(plans), dtype=torch.float64)
-        # Four tensors a step at most: at the cut up and down, at a U-shape's exit down and up.
-        self.at_cut = [(Stream.open(settings.uplink), Stream.open(settings.downlink)) for _ in plans]
-        self.at_exit = [(Stream.open(settings.downlink), Stream.open(settings.uplink)) for _ in plans]
+        self.squared = torch.zeros(len(plans), dtype=wide(federation.device), device=federation.device)
+        streams = [open_streams(settings.uplink, settings.downlink, settings.seed, plan.client, self.round) for plan in plans]
+        self.at_cut = [(up, down) for up, down, _, _ in streams]
+        self.at_exit = [(exit_down, exit_up) for _, _, exit_down, exit_up in streams]
         self._receive(starts)
 
     def take_over(self, before: Cohort) -> None:
@@ -78,21 +78,28 @@ class Cohort:
     def train(self, on_step: OnStep) -> RoundResult:
         """All local steps of all clients; a client with fewer steps sits out the last ones."""
         settings, count = self.federation.settings, len(self.plans)
-        losses: list[list[float]] = [[] for _ in self.plans]
         tokens, targets = [0] * count, [0] * count
+        sums: list[tuple[list[int], list[int], Tensor]] = []  # read at the end only: until then no step waits for a GPU
         for company, step in self._companies():
             rows = self._rows(company)
-            self.bank.gradients[rows] = 0.0
-            for start in range(0, len(company), self.size):
-                chosen = company[start : start + self.size]
-                seen, trained, sums = self._accumulate(chosen, step)
+            self.bank.gradients[slice(None) if rows is None else rows] = 0.0
+            for chosen in self._passes(company, step):
+                seen, trained, lost = self._accumulate(chosen, step)
+                sums.append((chosen, trained, lost))
                 for j, k in enumerate(chosen):
                     tokens[k], targets[k] = tokens[k] + seen[j], targets[k] + trained[j]
-                    self.loss_sums[k] += sums[j]
-                    losses[k].append(sums[j] / trained[j])
             self._optimize(company, rows, step)
             on_step(len(company))
-        return self._send(losses, tokens, targets, settings.gradient_accumulation)
+        return self._send(self._losses(sums), tokens, targets, settings.gradient_accumulation)
+
+    def _losses(self, sums: list[tuple[list[int], list[int], Tensor]]) -> list[list[float]]:
+        """Mean loss of each step of each client, from the summed losses of each pass."""
+        losses: list[list[float]] = [[] for _ in self.plans]
+        for chosen, trained, lost in sums:
+            for k, count, own in zip(chosen, trained, lost.tolist(), strict=True):
+                self.loss_sums[k] += own
+                losses[k].append(own / count)
+        return losses
 
     def _companies(self) -> Iterator[tuple[list[int], int]]:
         """Who takes an optimizer step together, and which of their steps it is: all that have it left; or, where the server steps after
@@ -113,22 +120,34 @@ class Cohort:
             order = numpy_stream(self.federation.settings.seed, "turns", self.round, step).permutation(len(company))
             yield from (self.plans[company[position]].client for position in order.tolist())
 
-    def _rows(self, company: list[int]) -> list[int] | slice:
-        """The bank rows that a company trains; all of them as one slice where that is so."""
+    def _rows(self, company: list[int]) -> list[int] | None:
+        """The bank rows that a company trains; None where that is all of them."""
         if len(company) == len(self.plans):
-            return slice(None)
+            return None
         return [*company, *([len(self.plans)] if self.shared else [])]
 
-    def _accumulate(self, chosen: list[int], step: int) -> tuple[list[int], list[int], list[float]]:
-        """Gradients of one optimizer step of the chosen sessions, all micro-batches; their tokens, targets and summed nll."""
+    def _passes(self, company: list[int], step: int) -> list[list[int]]:
+        """Who goes through the model together: at most `size` sessions' worth of tokens, those with rows of like length."""
+        federation, accumulation = self.federation, self.federation.settings.gradient_accumulation
+        widths = []
+        for k in company:
+            client, first = self.plans[k].client, self.before[k].batches + step * accumulation
+            lengths, order = federation.clients[client].train.lengths, federation.orders[client]
+            widths.append(max(int(lengths[order.indices(first + micro)].max()) for micro in range(accumulation)))
+        batch = federation.settings.batch_size
+        longest = max(int(federation.clients[plan.client].train.lengths.max()) for plan in self.plans)
+        return [[company[place] for place in places] for places in alike([width * batch for width in widths], self.size * longest * batch)]
+
+    def _accumulate(self, chosen: list[int], step: int) -> tuple[list[int], list[int], Tensor]:
+        """Gradients of one optimizer step of the chosen sessions, all micro-batches; their tokens, targets and summed nll [n]."""
         batches = self._batches(chosen, step)
         normaliser = torch.stack([batch.targets for batch in batches]).sum(0)
         require_targets(normaliser, [self.federation.clients[self.plans[k].client] for k in chosen])
-        sums, seen = torch.zeros(len(chosen), dtype=torch.float64), [0] * len(chosen)
+        sums, seen = torch.zeros(()), [0] * len(chosen)
         for batch in batches:
-            sums += self._pass(chosen, batch, normaliser)
+            sums = sums + self._pass(chosen, batch, normaliser)
             seen = [a + b for a, b in zip(seen, batch.tokens, strict=True)]
-        return seen, normaliser.tolist(), sums.tolist()
+        return seen, normaliser.tolist(), sums
 
     def _batches(self, chosen: list[int], step: int) -> list[Batch]:
         """The micro-batches of one optimizer step of the chosen sessions."""
@@ -153,12 +172,12 @@ class Cohort:
 
         route = self._route(chosen, batch.ids.shape[0])
         route.cross = crossing
-        hidden = split.run(route, batch.ids, batch.mask)
+        hidden = split.run(route, batch.ids, split.needed_mask(batch.mask))
         weight = (1.0 / normaliser.float()).repeat_interleave(sequences).to(hidden.device)
         loss, row_sums = training_loss(hidden, Targets.of(batch.labels, hidden.device), weight, split.head, split.anatomy)
         loss.backward()  # type: ignore[no-untyped-call]
         self._count_step(chosen, batch, sequences)
-        return row_sums.cpu().reshape(-1, sequences).sum(1)
+        return row_sums.reshape(-1, sequences).sum(1)
 
     def _route(self, chosen: list[int], rows: int) -> Route:
         """Which bank row each session uses at each block."""
@@ -204,8 +223,6 @@ class Cohort:
 
     def _count_step(self, chosen: list[int], batch: Batch, sequences: int) -> None:
         """Labels, and the frames around the packets: their lengths follow from the message format."""
-        labels = batch.labels.reshape(len(chosen), -1)
-        axis = torch.arange(batch.ids.shape[1])
         for j, k in enumerate(chosen):
             plan = self.plans[k]
             if plan.is_whole(self.federation.split.blocks):
@@ -215,33 +232,36 @@ class Cohort:
                 self.ledger.add(plan.client, "up", "control", step_up + other)
                 self.ledger.add(plan.client, "down", "control", 2 * other)
                 continue
-            valid = (axis[None, :] < batch.lengths[j][:, None]).reshape(-1)
-            self.ledger.add(plan.client, "up", "labels", label_packet(labels[j][valid], self.federation.vocabulary).size_bytes)
+            self.ledger.add(plan.client, "up", "labels", label_bytes(batch.tokens[j], self.federation.vocabulary))
             self.ledger.add(plan.client, "up", "control", step_up)
             self.ledger.add(plan.client, "down", "control", other)
 
-    def _optimize(self, company: list[int], rows: list[int] | slice, step: int) -> None:
+    def _optimize(self, company: list[int], rows: list[int] | None, step: int) -> None:
         """Clip each client by its own global norm and take an optimizer step; `rows` are the company's, and the shared one's."""
-        settings, bank, whole = self.federation.settings, self.bank, isinstance(rows, slice)
+        settings, bank = self.federation.settings, self.bank
         rate = self._rate(company, step)
         if self.shared:
             bank.gradients[-1] /= len(company)  # the server's batch is the company's together: the mean of their losses
-        values, gradients, moments = bank.values[rows], bank.gradients[rows], self.moments.select(rows, slice(None))
-        squared = torch.linalg.vector_norm(gradients, dim=1).cpu().double().square()
+        gradients = bank.gradients if rows is None else bank.gradients[rows]
+        squared = torch.linalg.vector_norm(gradients, dim=1).to(wide(gradients.device)).square()
         if settings.clip_norm > 0:
             # One client with the server's one set: the norm over both. Several: each set by its own, for a step of the server's belongs
             # to no single client.
             together = squared.sum().expand_as(squared) if self.shared and len(company) == 1 else squared
-            factors = clip_factor(together, settings.clip_norm)
-            gradients.mul_(factors.to(gradients.dtype).to(gradients.device)[:, None])
-        settings.optimizer.step(values, gradients, moments, rate, bank.trained)
-        if whole:
-            self.moments.steps = moments.steps
-        else:
-            with torch.no_grad():
-                bank.values[rows] = values
-            self.moments.first[rows], self.moments.second[rows], self.moments.steps[rows] = moments.first, moments.second, moments.steps
+            self._clip(rows, clip_factor(together, settings.clip_norm))
+        settings.optimizer.step(bank.values, bank.gradients, self.moments, rate, bank.trained, rows)
         self.squared[company] = squared[: len(company)]
+
+    def _clip(self, rows: list[int] | None, factors: Tensor) -> None:
+        """Multiply the gradients of these rows by their factors [n]; most often all are one, and then a CPU reads and writes nothing."""
+        if factors.device.type == "cpu" and bool((factors == 1.0).all()):
+            return
+        gradients, factors = self.bank.gradients, factors.to(self.bank.gradients)[:, None]
+        if rows is None:
+            gradients.mul_(factors)
+        else:
+            for row, factor in zip(rows, factors, strict=True):
+                gradients[row].mul_(factor)
 
     def _rate(self, company: list[int], step: int) -> float | Tensor:
         """The learning rate of a company's step: one, or [rows, 1] where its members divide the round differently."""
@@ -256,12 +276,16 @@ class Cohort:
         """Every client's start; its own blocks' part arrives as a message, unless it goes on from what it has."""
         federation, codec = self.federation, self.federation.settings.adapter_codec
         values = self.bank.values
+        sent: dict[tuple[object, ...], tuple[Tensor, bytes]] = {}
         for k, plan in enumerate(self.plans):
             row = starts(plan)
             with torch.no_grad():
                 values[k] = row.to(values.device)
             columns = self.ownership[k].client_columns(federation.layout, federation.trained)
-            frame = round_start_frame(plan, self.round, self.first_step, federation.settings, take(row, columns))
+            same = (row.data_ptr(), plan.cut, plan.tail_blocks, plan.exit_on_client, plan.ranks)
+            if same not in sent:  # most clients begin with the same adapters: encoded once, counted for each
+                sent[same] = row, encode_vector(take(row, columns), codec)
+            frame = round_start_frame(plan, self.round, self.first_step, federation.settings, sent[same][1])
             self.ledger.add_frame(plan.client, "down", frame)
             if plan.download and not codec.lossless:
                 with torch.no_grad():
@@ -273,7 +297,7 @@ class Cohort:
     def _send(self, losses: list[list[float]], tokens: list[int], targets: list[int], accumulation: int) -> RoundResult:
         """Every client's adapters after the round; its own blocks' part travels as a message."""
         federation, settings = self.federation, self.federation.settings
-        values = self.bank.values.to("cpu", copy=True)
+        values, squared = self.bank.values.to("cpu"), self.squared.tolist()
         states = {}
         for k, plan in enumerate(self.plans):
             ownership = self.ownership[k]
@@ -285,7 +309,7 @@ class Cohort:
                 plan,
                 self.round,
                 targets[k],
-                float(self.squared[k]),
+                squared[k],
                 float(self.loss_sums[k]),
                 take(values[k], own),
                 settings.adapter_codec,

@@ -8,19 +8,22 @@ crosses no cut and costs the federation neither bytes nor virtual time.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from splitft.data.base import TokenRows
+from splitft.data.base import Ints, TokenRows
 from splitft.engine.batches import assemble
 from splitft.errors import DataError
 from splitft.lora import AdapterBank, Layout
 from splitft.loss import Targets, token_losses
 from splitft.split import Route, SplitModel
+
+# Clients with models of their own whose adapters are on the device at a time.
+OWN_MODELS = 16
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,8 @@ def evaluate(
     names: Sequence[str] = (),
     owners: Sequence[int] = (),
 ) -> list[Score | None]:
-    """One score per set of rows (None for a set without rows). Rows of all sets are batched by length.
+    """One score per set of rows (None for a set without rows). Rows of all sets are batched by length: `batch_size` of the longest, more
+    of shorter ones, for as many tokens.
 
     `adapters` is one row [p] for all sets, or [n p] with `owners` naming the row of each set.
     `max_rows` limits each set to its first rows (0: all). Raises DataError for rows without a target; `names` of the sets go into it.
@@ -73,16 +77,16 @@ def evaluate(
     bank = AdapterBank(layout, len(adapters), device)
     with torch.no_grad():
         bank.values.copy_(adapters.to(device))
-    work = [(set_index, row) for set_index, rows in enumerate(sets) for row in range(min(len(rows), max_rows) if max_rows else len(rows))]
-    work.sort(key=lambda item: (int(sets[item[0]].lengths[item[1]]), item))
+    taken = [rows.select(range(max_rows)) if 0 < max_rows < len(rows) else rows for rows in sets]
+    joined, set_of = TokenRows.concatenate(taken), np.repeat(np.arange(len(sets)), [len(rows) for rows in taken])
+    bank_row = torch.tensor(owners, dtype=torch.int64)[torch.from_numpy(set_of)].to(device) if owners else None
     loss_sum, correct, tokens = np.zeros(len(sets)), np.zeros(len(sets), np.int64), np.zeros(len(sets), np.int64)
-    for start in range(0, len(work), batch_size):
-        chosen = work[start : start + batch_size]
-        owner = np.array([set_index for set_index, _ in chosen])
-        losses, right, row = _batch(split, bank, sets, chosen, device, owners)
-        np.add.at(loss_sum, owner[row], losses)
-        np.add.at(correct, owner[row], right)
-        np.add.at(tokens, owner[row], 1)
+    for chosen in batches_by_length(joined.lengths, batch_size):
+        losses, right, row = _batch(split, bank, joined, chosen, device, bank_row)
+        owner = set_of[chosen[row]]
+        np.add.at(loss_sum, owner, losses)
+        correct += np.bincount(owner[right], minlength=len(sets))
+        tokens += np.bincount(owner, minlength=len(sets))
     for set_index, (rows, count) in enumerate(zip(sets, tokens.tolist(), strict=True)):
         if len(rows) and count == 0:
             name = names[set_index] if names else f"set {set_index}"
@@ -93,27 +97,65 @@ def evaluate(
     return [Score(float(loss), int(right), int(count)) if count else None for loss, right, count in sums]
 
 
-def _batch(
+def evaluate_own(
     split: SplitModel,
-    bank: AdapterBank,
+    layout: Layout,
+    adapters: Sequence[Tensor],
     sets: Sequence[TokenRows],
-    chosen: list[tuple[int, int]],
+    common: TokenRows,
+    batch_size: int,
     device: torch.device,
-    owners: Sequence[int],
+    max_rows: int = 0,
+    names: Sequence[str] = (),
+) -> tuple[list[Score | None], list[Score | None]]:
+    """Every client's set with its own adapter [p], and the common rows with each client's in turn.
+
+    OWN_MODELS clients at a time, so that neither memory nor a batch's company grows with their number. Errors as in `evaluate`.
+    """
+    own: list[Score | None] = []
+    shared: list[Score | None] = []
+    for start in range(0, len(sets), OWN_MODELS):
+        part = slice(start, start + OWN_MODELS)
+        count = len(sets[part])
+        scores = evaluate(
+            split,
+            layout,
+            torch.stack(list(adapters[part])),
+            [*sets[part], *[common] * count],
+            batch_size,
+            device,
+            max_rows,
+            [*names[part], *["the common slice"] * count] if names else (),
+            [*range(count), *range(count)],
+        )
+        own += scores[:count]
+        shared += scores[count:]
+    return own, shared
+
+
+def batches_by_length(lengths: Ints, batch_size: int) -> Iterator[Ints]:
+    """Rows in batches, the shortest first; a batch with its padding has at most the tokens of `batch_size` rows of the longest."""
+    order = np.argsort(lengths, kind="stable")
+    most = batch_size * int(lengths.max(initial=0))
+    start = 0
+    while start < len(order):
+        # Sorted, so that a batch is as wide as its last row: the first that would make it too large begins the next one.
+        widths = lengths[order[start : start + most]]
+        count = int(np.searchsorted(widths * np.arange(1, len(widths) + 1), most, side="right"))
+        yield order[start : start + count]
+        start += count
+
+
+def _batch(
+    split: SplitModel, bank: AdapterBank, joined: TokenRows, chosen: Ints, device: torch.device, bank_row: Tensor | None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """nll, right-or-wrong and row of every target of a batch."""
-    parts = [sets[set_index].batch(np.array([row])) for set_index, row in chosen]
-    width = max(ids.shape[1] for ids, _, _ in parts)
-    ids = np.zeros((len(parts), width), np.int64)
-    trained = np.zeros((len(parts), width), bool)
-    for k, (part, _, part_trained) in enumerate(parts):
-        ids[k, : part.shape[1]], trained[k, : part.shape[1]] = part[0], part_trained[0]
-    lengths = np.array([[int(part_lengths[0])] for _, part_lengths, _ in parts])
-    batch = assemble(ids, trained, lengths, device)
+    ids, lengths, trained = joined.batch(chosen)
+    batch = assemble(ids, trained, lengths[:, None], device)
     with torch.no_grad():
-        rows = torch.tensor([owners[set_index] for set_index, _ in chosen], device=device) if owners else None
-        route = Route(len(parts), bank=bank, bank_rows=rows, sessions=len(parts) if owners else 1)
-        hidden = split.run(route, batch.ids, batch.mask)
+        rows = None if bank_row is None else bank_row[torch.from_numpy(chosen).to(device)]
+        route = Route(len(chosen), bank=bank, bank_rows=rows, sessions=1 if rows is None else len(chosen))
+        hidden = split.run(route, batch.ids, split.needed_mask(batch.mask))
         targets = Targets.of(batch.labels, hidden.device)
         picked = hidden.reshape(-1, hidden.shape[-1]).index_select(0, targets.positions)
         losses, right = token_losses(picked, split.logits, targets.labels, split.model.config.get_text_config().vocab_size)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import TypeAlias
 
 import torch
@@ -45,17 +45,10 @@ class Ownership:
 
     def client_columns(self, layout: Layout, trained: Tensor | None = None) -> Columns:
         """What of a row travels to the client: its own blocks' adapters, at its own ranks, without what nobody trains."""
-        own = [layout.columns(0, self.plan.cut), layout.columns(self.server_end, self.blocks)]
+        own = self._ranges(layout)
         if trained is None and not self.plan.ranks:
             return own
-        mask = torch.zeros(layout.parameters, dtype=torch.bool)
-        for part in own:
-            mask[part] = True
-        if self.plan.ranks:
-            mask &= layout.active(self.plan.ranks)
-        if trained is not None:
-            mask &= trained
-        return mask.nonzero()[:, 0]
+        return _chosen(layout, tuple((part.start, part.stop) for part in own), self.plan.ranks, trained).nonzero()[:, 0]
 
     def upload_columns(self, layout: Layout, trained: Tensor | None = None) -> Columns:
         """What of a row travels back: the same, or this round's segment of it."""
@@ -66,8 +59,35 @@ class Ownership:
         edges = [len(every) * k // plan.segments for k in range(plan.segments + 1)]
         return every[edges[plan.segment] : edges[plan.segment + 1]]
 
+    def client_size(self, layout: Layout, trained: Tensor | None = None) -> int:
+        """How many `client_columns` there are, without making them where arithmetic is enough."""
+        if trained is not None or not self.plan.ranks:
+            return size_of(self.client_columns(layout, trained))
+        ranks = zip(layout.entries, self.plan.ranks, strict=True)
+        return sum(min(rank, one.rank) * (one.inputs + one.outputs) for one, rank in ranks if one.key.block in self.held)
+
+    def upload_size(self, layout: Layout, trained: Tensor | None = None) -> int:
+        """How many `upload_columns` there are."""
+        every, plan = self.client_size(layout, trained), self.plan
+        return every * (plan.segment + 1) // plan.segments - every * plan.segment // plan.segments
+
+    def _ranges(self, layout: Layout) -> list[slice]:
+        """The columns of the client's blocks."""
+        return [layout.columns(0, self.plan.cut), layout.columns(self.server_end, self.blocks)]
+
     def server_columns(self, layout: Layout) -> slice:
         return layout.columns(self.plan.cut, self.server_end)
+
+
+@lru_cache(maxsize=16)
+def _chosen(layout: Layout, ranges: tuple[tuple[int, int], ...], ranks: tuple[int, ...], trained: Tensor | None) -> Tensor:
+    """Which columns [p] (bool) lie in the ranges, are used at these ranks, and are trained. Clients of one cut often share all three."""
+    mask = torch.zeros(layout.parameters, dtype=torch.bool)
+    for start, stop in ranges:
+        mask[start:stop] = True
+    if ranks:
+        mask &= layout.active(ranks)
+    return mask if trained is None else mask & trained
 
 
 def positions(columns: Columns) -> Tensor:
@@ -103,7 +123,7 @@ def put(row: Tensor, columns: Columns, vector: Tensor) -> None:
 
 def packet_bytes(packet: Packet) -> bytes:
     """Header and payload as one piece."""
-    return packet.header() + bytes(packet.payload)
+    return b"".join((packet.header(), packet.payload))
 
 
 def parse_packet(data: bytes | memoryview) -> Packet:
@@ -114,8 +134,9 @@ def parse_packet(data: bytes | memoryview) -> Packet:
     return packet
 
 
-def round_start_frame(plan: Plan, round_index: int, first_step: int, settings: TrainSettings, adapters: Tensor) -> Frame:
-    """The message that opens a round for one client, with the adapters [q] of its own blocks to start from (unless it has them)."""
+def round_start_frame(plan: Plan, round_index: int, first_step: int, settings: TrainSettings, adapters: Tensor | bytes) -> Frame:
+    """The message that opens a round for one client, with the adapters [q] of its own blocks to start from, which may be encoded already
+    (unless it has them)."""
     fields = RoundStart(
         round=round_index,
         client=plan.client,
@@ -135,7 +156,9 @@ def round_start_frame(plan: Plan, round_index: int, first_step: int, settings: T
         segment=plan.segment,
         segments=plan.segments,
     )
-    packets = (encode_vector(adapters, settings.adapter_codec),) if plan.download else ()
+    packets: tuple[bytes, ...] = ()
+    if plan.download:
+        packets = (adapters if isinstance(adapters, bytes) else encode_vector(adapters, settings.adapter_codec),)
     return round_frame(Type.ROUND_START, fields, packets)
 
 

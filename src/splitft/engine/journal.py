@@ -27,6 +27,14 @@ def finite(value: Any) -> Any:
     return value
 
 
+def line(event: dict[str, Any]) -> str:
+    """An event as JSON without line breaks. Looking for values that are not finite takes longer than writing, so it is done on demand."""
+    try:
+        return json.dumps(event, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    except ValueError:
+        return json.dumps(finite(event), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
+
 class Journal:
     """Appends events to a run's journal. `bytes` is its committed length, which a checkpoint remembers."""
 
@@ -48,8 +56,7 @@ class Journal:
 
     def append(self, *events: dict[str, Any]) -> None:
         """Write events and force them to the disk."""
-        lines = "".join(json.dumps(finite(event), ensure_ascii=False, allow_nan=False, separators=(",", ":")) + "\n" for event in events)
-        data = lines.encode()
+        data = "".join(line(event) + "\n" for event in events).encode()
         with self.path.open("ab") as file:
             file.write(data)
             file.flush()

@@ -19,7 +19,11 @@ class Ledger:
         self.clients: dict[int, Counts] = {}
 
     def add(self, client: int, direction: Direction, kind: Kind, count: int) -> None:
-        self.clients.setdefault(client, empty_counts())[direction][kind] += count
+        # Called for every packet: zeros are made for a client's first only.
+        counts = self.clients.get(client)
+        if counts is None:
+            counts = self.clients[client] = empty_counts()
+        counts[direction][kind] += count
 
     def add_frame(self, client: int, direction: Direction, frame: Frame) -> None:
         """Count one message: each packet under its kind, the rest as control."""

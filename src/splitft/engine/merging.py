@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from splitft.aggregate.base import Aggregator, State, Updates
+from splitft.aggregate.base import Aggregator, State, Updates, weighted_sum
 from splitft.compress.base import HEADER_BYTES
 from splitft.engine.exchange import Ownership, decode_vector, encode_vector, positions, put, take
 from splitft.engine.settings import Federation, RoundResult
@@ -40,7 +40,8 @@ class Outcome:
 def updates_of(
     federation: Federation, result: RoundResult, contributes: Sequence[bool], tokens: Mapping[int, int] | None = None
 ) -> Updates | None:
-    """What the round gives to the aggregation rule; None when nobody came through. `tokens` overrides the targets of the round."""
+    """What the round gives to the aggregation rule, its rows left where they are; None when nobody came through. `tokens` overrides
+    the targets of the round."""
     rows = [row for row, counts in enumerate(contributes) if counts]
     if not rows:
         return None
@@ -52,30 +53,37 @@ def updates_of(
         ranks = torch.tensor([list(plan.ranks) or full for plan in plans], dtype=torch.int64)
     sent = None
     if any(not plan.upload or plan.segments > 1 for plan in plans):
-        sent = torch.stack([_sent(Ownership(plan, blocks), federation) for plan in plans])
+        sent = torch.zeros(len(plans), layout.parameters, dtype=torch.bool)
+        for mask, plan in zip(sent, plans, strict=True):
+            _mark_sent(mask, Ownership(plan, blocks), federation)
     return Updates(
         tuple(plan.client for plan in plans),
         tuple(result.targets[row] if tokens is None else tokens[result.plans[row].client] for row in rows),
-        result.values[rows],
+        rows_of(result.values, rows) if result.kept is None else result.values,
         layout,
         ranks,
         sent,
+        None if result.kept is None else result.kept.chosen(rows),
     )
 
 
-def _sent(ownership: Ownership, federation: Federation) -> Tensor:
-    """Which columns [p] of an update the aggregation has: all of the session's, and of the client's own what it uploads."""
+def rows_of(values: Tensor, rows: Sequence[int]) -> Tensor:
+    """These rows, ascending, of a matrix [n p]: where they are all, the matrix itself and no copy."""
+    return values if len(rows) == len(values) else values[list(rows)]
+
+
+def _mark_sent(mask: Tensor, ownership: Ownership, federation: Federation) -> None:
+    """Set which columns [p] of an update the aggregation has: all of the session's, and of the client's own what it uploads."""
     layout = federation.layout
-    mask = torch.zeros(layout.parameters, dtype=torch.bool)
     mask[ownership.server_columns(layout)] = True
     if ownership.plan.upload:
         mask[positions(ownership.upload_columns(layout, federation.trained))] = True
-    return mask
 
 
 def merge(rule: Aggregator, before: Tensor, updates: Updates, state: State, split: SplitModel) -> Outcome:
     """Aggregate, and fold what the rule wants folded into the frozen weights of `split`."""
-    merged = rule.merge(before, updates, state)
+    in_place = rule.linear and updates.sent is None
+    merged = rule.merge(before, updates if in_place else updates.fetched(), state)
     sizes: dict[int, int] = {}
     for key, factors in merged.folded.items():
         split.fold(key, factors, updates.layout.by_key[key].scale)
@@ -106,10 +114,7 @@ def weight_norms(split: SplitModel, layout: Layout) -> list[float]:
 
 def mean_of(updates: Updates) -> Tensor:
     """The token-weighted mean of the updates' rows [p], summed in float64."""
-    total = torch.zeros(updates.values.shape[1], dtype=torch.float64)
-    for weight, row in zip(updates.weights().tolist(), updates.values, strict=True):
-        total.add_(row.double(), alpha=weight)
-    return total.float()
+    return weighted_sum(updates.weights().tolist(), updates.values).float()
 
 
 def importance(layout: Layout, before: Tensor, after: Tensor, norms: Sequence[float], folded: Mapping[Key, Factors]) -> list[float]:

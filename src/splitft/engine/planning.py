@@ -13,7 +13,7 @@ from splitft.adapt.oscillation import oscillates
 from splitft.adapt.schedule import step_seconds
 from splitft.compress.base import HEADER_BYTES
 from splitft.engine.attendance import Traffic, accept, draw_participants
-from splitft.engine.exchange import Ownership, size_of
+from splitft.engine.exchange import Ownership
 from splitft.engine.ledger import Ledger
 from splitft.engine.merging import fold_bytes
 from splitft.engine.settings import ClientState
@@ -118,8 +118,8 @@ def _add_traffic(run: Run, plan: Plan, prepared: Prepared) -> None:
     had = max(before.deepest, 0 if run.rules.fetch_blocks and before.deepest else plan.cut)
     tail = [block for block in ownership.client_blocks() if block >= plan.cut]
     fetched_bytes = int(fetched) + fold_bytes(folds, before.folded, [*range(had), *tail])
-    down = size_of(ownership.client_columns(federation.layout, federation.trained))
-    up = size_of(ownership.upload_columns(federation.layout, federation.trained))
+    down = ownership.client_size(federation.layout, federation.trained)
+    up = ownership.upload_size(federation.layout, federation.trained)
     later = not run.synchronisation.always
     down_moments, up_moments = _moved_moments(run, plan, before)
     prepared.moments[plan.client] = (down_moments, up_moments)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from splitft.clock import ClientTiming
@@ -128,4 +128,4 @@ def observations_of(event: Mapping[str, Any], scored: Mapping[str, Any] | None, 
                 predicted_s=one["predicted_s"],
             )
         )
-    return [asdict(one) for one in found]
+    return [dict(vars(one)) for one in found]

@@ -13,7 +13,6 @@ from operator import add
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
 from splitft.adapt.base import Policy
@@ -25,8 +24,8 @@ from splitft.data.base import TokenRows
 from splitft.engine import checkpoint
 from splitft.engine.asynchronous import asynchronous_round
 from splitft.engine.attendance import Attendance, attend
-from splitft.engine.closing import close_round
-from splitft.engine.evaluate import evaluate
+from splitft.engine.closing import close_round, restore_weights
+from splitft.engine.evaluate import evaluate, evaluate_own
 from splitft.engine.journal import Journal
 from splitft.engine.planning import Starting, count_moves, prepare
 from splitft.engine.record import Trained, evaluation_event
@@ -65,7 +64,10 @@ class Rules:
 
 @dataclass
 class Run:
-    """A federation about to run or in the middle: fixed parts, and `state`, which every round replaces."""
+    """A federation about to run or in the middle: fixed parts, and `state`, which every round replaces.
+
+    `torn`: a round has begun and is not committed, so what clients keep may be half the old and half the new.
+    """
 
     federation: Federation
     executor: Executor
@@ -81,6 +83,7 @@ class Run:
     folder: Path
     journal: Journal
     state: checkpoint.RunState
+    torn: bool = False
     on_step: OnStep = field(default=lambda count: None)
     on_stage: Callable[[str], None] = field(default=lambda name: None)
 
@@ -96,27 +99,53 @@ class RoundRecord:
 
 def run_rounds(run: Run) -> Iterator[RoundRecord]:
     """All rounds that are left, one record each; a fresh run first yields round 0, the evaluation before training."""
-    if run.state.round == 0 and run.state.identity.get("evaluated") is not True:
-        scored = score(run, 0, run.state.adapters, run.state.clients)
-        run.state.identity["evaluated"] = True
-        run.state.notes["base_loss"] = {str(one["client"]): one["loss"] for one in scored["clients"]}
-        commit(run, [scored])
-        yield RoundRecord(0, None, scored)
+    if run.torn:
+        recover(run)
+    if run.state.round == 0 and run.rules.rounds > 0 and run.state.identity.get("evaluated") is not True:
+        yield from first_rounds(run)
     while run.state.round < run.rules.rounds:
-        yield one_round(run)
+        index = run.state.round + 1
+        yield finish_round(run, index, *train_round(run, index))
 
 
-def one_round(run: Run) -> RoundRecord:
-    """Plan, train, aggregate, evaluate, record."""
-    started_s, index = monotonic_s(), run.state.round + 1
+def recover(run: Run) -> None:
+    """Go back to the last committed round, as a resumed run does: the one after it has failed half-way."""
+    run.state = checkpoint.load(checkpoint.newest(run.folder), run.federation.shelf)
+    restore_weights(run.federation, run.state.folded)
+    run.journal = Journal(run.folder, run.state.journal_bytes)
+    run.torn = False
+
+
+def first_rounds(run: Run) -> Iterator[RoundRecord]:
+    """Rounds 0 and 1. The base is evaluated when round 1 is trained: that changes nothing it is made of, a merge may (folding rules), and
+    so the first step does not wait for it. Its record is committed and yielded first all the same."""
+    trained, training_s = train_round(run, 1)
+    scored = score(run, 0, run.state.adapters, run.state.clients, "evaluate the base")
+    run.state.identity["evaluated"] = True
+    run.state.notes["base_loss"] = {str(one["client"]): one["loss"] for one in scored["clients"]}
+    commit(run, [scored])
+    yield RoundRecord(0, None, scored)
+    yield finish_round(run, 1, trained, training_s)
+
+
+def train_round(run: Run, index: int) -> tuple[Trained, float]:
+    """Plan and train; the state stays as it is. Also the wall seconds that took."""
+    started_s, run.torn = monotonic_s(), True
     trained = asynchronous_round(run, index) if run.rules.buffer else synchronous_round(run, index)
+    return trained, monotonic_s() - started_s
+
+
+def finish_round(run: Run, index: int, trained: Trained, training_s: float) -> RoundRecord:
+    """Aggregate, evaluate, record."""
+    started_s = monotonic_s()
     run.on_stage("aggregate")
     closed = close_round(run, index, trained)
     last = index == run.rules.rounds
     scored = score(run, index, closed.evaluated, closed.clients) if last or index % run.rules.evaluate_every == 0 else None
-    event, state = closed.recorded(run, index, trained, scored, monotonic_s() - started_s)
+    event, state = closed.recorded(run, index, trained, scored, training_s + monotonic_s() - started_s)
     run.state = state
     commit(run, [*closed.warnings, event, *([scored] if scored is not None else [])])
+    run.torn = False
     return RoundRecord(index, event, scored)
 
 
@@ -129,44 +158,36 @@ def synchronous_round(run: Run, index: int) -> Trained:
     )
     starting = Starting(run)
     run.on_stage("train")
-    plan = RoundPlan(index, attended.plans, attended.turns)
+    plan = RoundPlan(index, attended.plans, attended.turns, attended.lost)
     result = run.executor.train(plan, (index - 1) * rules.local_steps, starting, {**state.clients, **prepared.clients}, run.on_step)
     count_moves(prepared, result.ledger)
     return Trained(prepared, attended, result, starting.truncated)
 
 
-def score(run: Run, index: int, adapters: Tensor, clients: dict[int, ClientState]) -> dict[str, Any]:
+def score(run: Run, index: int, adapters: Tensor, clients: dict[int, ClientState], stage: str = "evaluate") -> dict[str, Any]:
     """Evaluate the joined model on every client's held-out rows and on the common ones; without those, the global score is the clients'.
 
     Where clients' own parts are never averaged there is no joined model: each client's rows are scored with its own, and the common
     rows with every client's in turn.
     """
-    run.on_stage("evaluate")
-    federation, rules = run.federation, run.rules
+    run.on_stage(stage)
+    federation, rules, common = run.federation, run.rules, run.common_held_out
     own = [clients.get(one.client, ClientState()).adapter for one in federation.clients]
-    personal = federation.settings.server == "unaveraged" and any(row is not None for row in own)
     sets = [client.held_out for client in federation.clients]
     names = [f"client {client.client} ({client.name})" for client in federation.clients]
-    rows = torch.stack([adapters if row is None else row for row in own]) if personal else adapters[None]
-    commons = len(rows) if personal else 1
-    scores = evaluate(
-        federation.split,
-        federation.layout,
-        rows,
-        [*sets, *[run.common_held_out] * commons],
-        rules.evaluate_batch,
-        federation.device,
-        rules.evaluate_rows,
-        [*names, *["the common slice"] * commons],
-        [*range(len(rows)), *range(len(rows))] if personal else (),
-    )
-    own_scores, common = scores[: len(sets)], [one for one in scores[len(sets) :] if one is not None]
-    total = reduce(add, common or [one for one in own_scores if one is not None])
-    return evaluation_event(index, total, own_scores)
+    how = (rules.evaluate_batch, federation.device, rules.evaluate_rows)
+    if federation.settings.server == "unaveraged" and any(row is not None for row in own):
+        rows = [adapters if row is None else row for row in own]
+        scores, shared = evaluate_own(federation.split, federation.layout, rows, sets, common, *how, names)
+    else:
+        *scores, last = evaluate(federation.split, federation.layout, adapters, [*sets, common], *how, [*names, "the common slice"])
+        shared = [last]
+    total = reduce(add, [one for one in shared if one is not None] or [one for one in scores if one is not None])
+    return evaluation_event(index, total, scores)
 
 
 def commit(run: Run, events: list[dict[str, Any]]) -> None:
     """Make the round permanent: journal first, then the checkpoint that points behind it."""
     run.journal.append(*events)
     run.state.journal_bytes = run.journal.bytes
-    checkpoint.save(run.folder, run.state, run.rules.keep_checkpoints)
+    checkpoint.save(run.folder, run.state, run.rules.keep_checkpoints, run.federation.shelf)

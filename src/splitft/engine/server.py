@@ -24,7 +24,7 @@ from splitft.messages import Frame, RoundAccepted, Type, decode, round_frame, st
 from splitft.optimizer import clip_factor
 from splitft.split import Route
 from splitft.types import IGNORE_LABEL, RoundPlan
-from splitft.wire import Stream
+from splitft.wire import open_streams
 
 
 @dataclass
@@ -64,10 +64,7 @@ class Server:
             one.client: Session(
                 Ownership(one, federation.split.blocks),
                 row,
-                Stream.open(settings.uplink),
-                Stream.open(settings.downlink),
-                Stream.open(settings.downlink),
-                Stream.open(settings.uplink),
+                *open_streams(settings.uplink, settings.downlink, settings.seed, one.client, plan.round),
             )
             for row, one in enumerate(plan.plans)
         }
@@ -149,7 +146,8 @@ class Server:
         rows = torch.tensor([arrival.session.row for arrival in group], device=self.federation.device)
         last = first.server_end - 1 if first.plan.exit_on_client else None
         route = Route(sum(leaf.shape[0] for leaf in leaves), last, entries, bank=self.bank, bank_rows=rows, sessions=len(group))
-        final = split.run(route, None, None if mask is None else mask.to(self.federation.device))
+        needed = split.needed_mask(mask)
+        final = split.run(route, None, None if needed is None else needed.to(self.federation.device))
         if first.plan.exit_on_client:
             self.open.append(OpenPass(group, leaves, final, {}))
             for arrival in group:
@@ -166,7 +164,7 @@ class Server:
         replies = []
         for arrival, part in zip(group, torch.split(final.detach(), [arrival.lengths.shape[0] for arrival in group]), strict=True):
             session = arrival.session
-            packet, session.exit_down.sender = session.exit_down.codec.encode(_tokens(part, arrival), session.exit_down.sender)
+            packet = session.exit_down.send(_tokens(part, arrival))
             replies.append((session.client, step_frame(Type.HIDDEN_DOWN, arrival.fields, (), (packet_bytes(packet),)).encode()))
         return replies
 
@@ -191,7 +189,7 @@ class Server:
         for arrival, leaf, loss_sum in zip(group, leaves, sums.tolist(), strict=True):
             session = arrival.session
             assert leaf.grad is not None
-            packet, session.downlink.sender = session.downlink.codec.encode(_tokens(leaf.grad, arrival), session.downlink.sender)
+            packet = session.downlink.send(_tokens(leaf.grad, arrival))
             columns = session.ownership.server_columns(self.federation.layout)
             session.squared_norm = float(self.bank.gradients[session.row, columns].square().sum(dtype=wide(self.bank.gradients.device)))
             session.due = True

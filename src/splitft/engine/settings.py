@@ -8,10 +8,12 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from splitft.aggregate.base import Rows
 from splitft.compress.base import Codec
 from splitft.data.base import ClientData
 from splitft.data.order import BatchOrder
 from splitft.engine.ledger import Ledger
+from splitft.engine.shelf import Shelf
 from splitft.lora import Layout
 from splitft.optimizer import AdamW, Moments, Schedule
 from splitft.split import SplitModel
@@ -86,6 +88,7 @@ class Federation:
     """The fixed parts of a run that executors share: the model, the layout of its adapters, the clients' data and their order.
 
     `start` [p] is the adapter before the first round, which every side knows; `trained` [p] says which columns change at all (None: all).
+    `shelf` is where clients' rows lie between rounds (None: each in memory of its own, and old ones beside new ones).
     """
 
     split: SplitModel
@@ -97,13 +100,15 @@ class Federation:
     device: torch.device
     start: Tensor
     trained: Tensor | None = None
+    shelf: Shelf | None = None
 
 
 @dataclass
 class RoundResult:
     """What a round's training gave, in client order: adapters [n p], mean loss of each step, bytes.
 
-    `tokens` [n] went through the model; `targets` [n] were trained on (prompts and padding are not) and weigh the average.
+    `tokens` [n] went through the model; `targets` [n] were trained on (prompts and padding are not) and weigh the average. Where
+    `kept` is given the adapters lie elsewhere and `values` is [0 p]. `notices`: what went wrong and was mended, for the journal.
     """
 
     plans: tuple[Plan, ...]
@@ -113,6 +118,8 @@ class RoundResult:
     ledger: Ledger
     states: dict[int, ClientState]
     targets: list[int] = field(default_factory=list)
+    kept: Rows | None = None
+    notices: list[str] = field(default_factory=list)
 
 
 def load_moments(

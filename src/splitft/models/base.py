@@ -20,7 +20,8 @@ class Anatomy:
 
     `after_head` is what the model does to the LM head's output before the loss (Granite divides by a scale, Cohere multiplies,
     Gemma 2 applies a soft cap), `after_head_value` its constant. `ragged` says whether sessions with different cuts may share a pass;
-    `bypassed` names projections whose weight the family reads around their module, which therefore take no adapter.
+    `bypassed` names projections whose weight the family reads around their module, which therefore take no adapter. `maskless` says that
+    padding behind a row's last token changes nothing in front of it, so that such batches need no mask.
     """
 
     blocks_path: str
@@ -30,6 +31,7 @@ class Anatomy:
     after_head_value: float = 1.0
     ragged: bool = True
     bypassed: tuple[str, ...] = ()
+    maskless: bool = False
 
     def finish(self, raw: Tensor) -> Tensor:
         """Logits [.. v] from the LM head's raw output [.. v]."""

@@ -113,14 +113,18 @@ def load_model(
     blocks: Sequence[int] | None = None,
     needs_exit: bool = True,
     revision: str = "",
+    device_map: str = "",
 ) -> PreTrainedModel:
     """The causal LM with frozen weights in `dtype` (`auto`: the checkpoint's own); with `blocks`, only those blocks' tensors are read.
 
-    `needs_exit` false leaves out an LM head that is a tensor of its own. Only safetensors files are read. Raises ModelError.
+    `needs_exit` false leaves out an LM head that is a tensor of its own. `device_map` ("auto", "balanced", "sequential") spreads the blocks
+    over the GPUs, as accelerate does it. Only safetensors files are read. Raises ModelError.
     """
     cls = causal_class(config)
     chosen = cls if blocks is None else _partial(cls, frozenset(blocks), needs_exit)
     options: dict[str, Any] = {"config": config, "dtype": dtype, "use_safetensors": True, "revision": revision or "main"}
+    if device_map:
+        options["device_map"] = device_map
     where = resolve(path)
     try:
         with quiet_transformers():
