@@ -251,7 +251,7 @@ class EngineSection(Section):
     memory_mb: CountOrZero = Field(
         0,
         description="Memory that training may take beside the base model, in megabytes; it bounds the clients in a pass. "
-        "0: half of what is free.",
+        "0: half of what is free; give a number where equal runs must agree to the last bit on a machine short of memory.",
     )
     store: Literal["memory", "disk"] = Field(
         "memory",

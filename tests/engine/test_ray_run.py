@@ -202,6 +202,13 @@ def test_one_set_of_server_adapters_is_refused(server: str) -> None:
     assert any('engine.name = "ray"' in line for line in caught.value.problems)
 
 
+def test_a_model_spread_over_gpus_is_refused() -> None:
+    settled = parse_config({"model": {"device_map": "auto"}, "engine": {"name": "ray"}})
+    with pytest.raises(ConfigError) as caught:
+        build_components(settled)
+    assert any("model.device_map" in line for line in caught.value.problems)
+
+
 @pytest.mark.parametrize("field", ["engine.address=auto", "engine.actors=2"])
 def test_fields_of_ray_need_its_engine(field: str) -> None:
     with pytest.raises(ConfigError, match=f"{field.split('=')[0]}.*needs engine.name"):

@@ -116,7 +116,7 @@ def joined(split: SplitModel, layout: Layout, row: torch.Tensor, padding: str) -
 def test_the_attention_of_the_processor_gives_what_the_plain_one_gives(family: str) -> None:
     """Logits of every family, and that padding behind a row needs no mask where the self-check says so."""
     config = FAMILIES[family]()
-    attention = suited(causal_class(config))
+    attention = suited(causal_class(config), config)
     anatomy = inspect_family(config, family, attention)
     ids, mask, _ = batch("right")
     with torch.no_grad():

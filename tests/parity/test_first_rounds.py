@@ -100,6 +100,24 @@ def test_leaving_after_the_record_before_training(variant: tuple[RunConfig, Path
     same(run.folder, expected)
 
 
+def test_failed_behind_the_first_merge_and_gone_on_in_the_same_process(variant: tuple[RunConfig, Path], tmp_path: Path) -> None:
+    """What a rule has folded into the base by then comes out again before round 1 is repeated."""
+    config, expected = variant
+    stops = iter([True])
+
+    def listen(event: str, facts: dict[str, Any]) -> None:
+        if event == "stage" and facts["name"] == "evaluate" and next(stops, False):
+            raise Interrupted("stopped")
+
+    run = FederatedRun(elsewhere(config, tmp_path), None, listen)
+    with pytest.raises(Interrupted):
+        list(run.rounds())
+    assert [one.round for one in run.rounds()] == [1, 2]
+    run.finish()
+    run.close()
+    same(run.folder, expected)
+
+
 def test_a_checkpoint_with_the_base_evaluated_and_nothing_trained_goes_on(variant: tuple[RunConfig, Path], tmp_path: Path) -> None:
     """What a version that evaluated first left behind when it was killed in round 1."""
     config, expected = variant

@@ -29,7 +29,9 @@ def test_available_memory_is_what_the_system_or_the_control_group_allows(tmp_pat
     assert available_bytes() == 2_048_000
     (group / "memory.max").write_text("1500000\n")
     assert available_bytes() == 1_000_000
-    (group / "memory.max").write_text("400000\n")
+    (group / "memory.stat").write_text("anon 90000\nfile 400000\ninactive_file 300000\nactive_file 100000\n")
+    assert available_bytes() == 1_300_000
+    (group / "memory.max").write_text("100000\n")
     assert available_bytes() == 0
     for path in (facts, group / "memory.max"):
         path.unlink()

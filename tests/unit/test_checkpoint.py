@@ -13,6 +13,7 @@ import torch
 from splitft.engine import checkpoint
 from splitft.engine.checkpoint import FOLDER, RunState, load, newest, require_same, save
 from splitft.engine.settings import ClientState
+from splitft.engine.shelf import KINDS, DiskShelf, MemoryShelf
 from splitft.errors import CheckpointError
 from splitft.rng import torch_stream
 
@@ -52,6 +53,23 @@ def test_what_was_saved_is_loaded_bit_for_bit(tmp_path: Path) -> None:
     assert after.clients[11] == ClientState(2)
     for name in ("round", "policy", "observations", "virtual_s", "wall_s", "journal_bytes", "identity"):
         assert getattr(after, name) == getattr(before, name), name
+
+
+@pytest.mark.parametrize("shelf", ["memory", "disk"])
+def test_a_checkpoint_of_another_run_is_refused_before_its_rows_are_put_away(tmp_path: Path, shelf: str) -> None:
+    """With other adapters or fewer clients its rows have no place; what is wrong is the run, not the checkpoint."""
+    path = save(tmp_path, state(), 1)
+    places = MemoryShelf(7) if shelf == "memory" else DiskShelf(tmp_path, 1, 7, KINDS)
+    with pytest.raises(CheckpointError, match="was made with model = abc, now it is other"):
+        load(path, places, {"model": "other"})
+    assert load(path, None, {"model": "abc"}).round == 3
+
+
+def test_rows_that_a_resumed_run_no_longer_keeps_need_no_place(tmp_path: Path) -> None:
+    before = state()
+    after = load(save(tmp_path, before, 1), DiskShelf(tmp_path, 12, 50, ("second",)))
+    for name in ("first", "second"):
+        assert torch.equal(getattr(after.clients[0], name), getattr(before.clients[0], name))
 
 
 def test_an_aggregator_s_own_tensors_survive(tmp_path: Path) -> None:

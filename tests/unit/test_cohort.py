@@ -81,8 +81,9 @@ def test_the_only_part_is_not_copied() -> None:
     assert join(iter([whole]), plan=RoundPlan(1, whole.plans)).values is whole.values
 
 
+@pytest.mark.parametrize("lost", range(3))
 @pytest.mark.parametrize("server", ["per_client", "shared", "sequential"])
-def test_rows_on_a_shelf_are_the_rows_of_old(server: str) -> None:
+def test_rows_on_a_shelf_are_the_rows_of_old(server: str, lost: int) -> None:
     """Two rounds with kept moments, clients in two cohorts, one of them lost in the second round: as without a shelf."""
     fed = federation(server=server, keep_moments=True)
     found = []
@@ -91,7 +92,7 @@ def test_rows_on_a_shelf_are_the_rows_of_old(server: str) -> None:
         states: dict[int, ClientState] = {}
         for index in (1, 2):
             chosen = tuple(Plan(client, 1 + client % 2, 2, 3) for client in range(3))
-            plan = RoundPlan(index, chosen, lost=frozenset({1} if index == 2 else ()))
+            plan = RoundPlan(index, chosen, lost=frozenset({lost} if index == 2 else ()))
             result = CohortExecutor(own, 2).train(plan, 2 * index - 2, same_start(fed.start), states, lambda count: None)
             states = {**states, **{client: one for client, one in result.states.items() if client not in plan.lost}}
         found.append((result.values, states))

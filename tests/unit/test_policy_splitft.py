@@ -70,6 +70,17 @@ def test_better_goes_deeper_worse_shallower_and_the_middle_stays() -> None:
     assert all(after >= before for before, after in pairwise(better))
 
 
+def test_who_sits_a_round_out_keeps_its_cut_although_it_was_judged() -> None:
+    """The figures of the round before move only those who take part in this one."""
+    policy = SplitFT(start=3, gamma=1.0, **QUICK)
+    state = started(policy)
+    cuts, after = policy.plan(2, [0, 1], gains(0.1, 0.5, 0.9), state)
+    assert list(cuts) == [0, 1]
+    assert after["cuts"] == [2, 3, 3]
+    everyone, _ = policy.plan(2, [0, 1, 2], gains(0.1, 0.5, 0.9), state)
+    assert everyone == {0: 2, 1: 3, 2: 4}
+
+
 def test_the_weight_follows_the_written_rule() -> None:
     """Standings of three evenly spaced clients are -+1/1.4826; start 3, gamma 0.2: 0.1349 a round to the weight."""
     policy = SplitFT(start=3, gamma=0.2, **QUICK)

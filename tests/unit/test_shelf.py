@@ -72,6 +72,16 @@ def test_the_servers_rows_stay_when_all_clients_are_lost(open_shelf: Open) -> No
     assert before[SHARED_SERVER].first.tolist() == row(3).tolist()
 
 
+def test_the_servers_rows_count_when_others_of_the_round_come_through(open_shelf: Open) -> None:
+    """Clients in turn, a part of the round for each: the last of them is lost, the steps it made on the server stand as before it."""
+    shelf = open_shelf()
+    settled({SHARED_SERVER: ClientState(first=row(1), second=row(2)), 0: ClientState()}, shelf, {1}, (0, 1))
+    after = settled({SHARED_SERVER: ClientState(first=row(3), second=row(4)), 1: ClientState(first=row(5))}, shelf, {1}, (0, 1))
+    assert after[1].first is None
+    assert after[SHARED_SERVER].first is not None
+    assert after[SHARED_SERVER].first.tolist() == row(3).tolist()
+
+
 def test_without_a_shelf_states_are_as_they_were() -> None:
     states = {0: ClientState(first=row(1), second=row(2))}
     assert settled(states, None) == states

@@ -36,7 +36,7 @@ INPUT_READERS = re.compile(r"(^|\.)(c_attn|qkv_proj|[qkv]_proj|query_key_value|W
 ADAPTER_VALUE_BYTES = 4
 LOGIT_CHUNK_VALUES = 4_000_000
 LOGIT_COPIES = 3
-KNOWN_LIMIT = 4096
+KNOWN_LIMIT = 256
 PASS_SLACK = 1.25
 BANK_COPIES = 7
 

@@ -62,7 +62,7 @@ class SplitFT(Quality, Policy):
         quality: Any = state["quality"]
         quality, decided = self.judge(round_index, observations, starts, bounds, quality)
         cuts = list(before)
-        for client in decided:
+        for client in sorted(set(decided) & set(participants)):  # who sits this round out is not told of a new cut
             cuts[client] = self.towards(client, cuts[client], starts[client], bounds[client], round_index, quality)
         after = {**state, "cuts": cuts, "quality": moved(quality, before, cuts, round_index)}
         return {client: cuts[client] for client in participants}, after

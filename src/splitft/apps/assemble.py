@@ -157,7 +157,7 @@ def load_base(config: RunConfig) -> Base:
     tokenizer = load_tokenizer(config.model.path, config.model.revision)
     attention: str = config.model.attention
     if device.type == "cpu" and attention == "sdpa":
-        attention = suited(causal_class(model_config))
+        attention = suited(causal_class(model_config), model_config)
     anatomy = inspect_family(model_config, config.model.path, attention, config.model.self_check)
     positions = int(getattr(model_config.get_text_config(), "max_position_embeddings", 0) or 0)
     if positions and config.tokens.block_tokens > positions:

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from splitft.adapt.cost import CostModel
+from splitft.apps.console import usable_cores
 from splitft.config import RunConfig
 from splitft.engine.settings import Federation
 from splitft.engine.shelf import KINDS, DiskShelf, MemoryShelf, Shelf
@@ -30,10 +31,17 @@ def available_bytes() -> float:
             found.append(1024.0 * int(facts["MemAvailable"].split()[0]))
     limit, used = GROUP / "memory.max", GROUP / "memory.current"
     if limit.is_file() and used.is_file() and (allowed := limit.read_text().strip()).isdigit():
-        found.append(float(int(allowed) - int(used.read_text())))
+        found.append(float(int(allowed) - int(used.read_text()) + _cached_bytes()))
     if not found:  # systems without these files: half of what is built in
         found.append(0.5 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     return max(0.0, min(found))
+
+
+def _cached_bytes() -> int:
+    """Of what the control group has in use, the files' pages that the system gives up first: a model just read is not memory that lacks."""
+    facts = GROUP / "memory.stat"
+    lines = facts.read_text().splitlines() if facts.is_file() else []
+    return sum(int(line.split()[1]) for line in lines if line.startswith("inactive_file "))
 
 
 def kept_kinds(config: RunConfig, always_averaged: bool) -> tuple[str, ...]:
@@ -62,7 +70,8 @@ def open_shelf(config: RunConfig, clients: int, parameters: int, kinds: Sequence
 def largest_pass(config: RunConfig, federation: Federation, costs: Sequence[CostModel], kinds: Sequence[str]) -> int:
     """How many clients may go through the model together so that training stays within engine.memory_mb; at least one.
 
-    On the CPU that memory also holds the rows on the shelf, of these `kinds` and those of the round.
+    On the CPU that memory also holds the rows on the shelf, of these `kinds` and those of the round. Actors of a Ray on this machine
+    share it. What is bounded by the memory that happens to be free is a power of two, so that equal runs seldom differ in it.
     """
     row_bytes, clients = 4.0 * federation.layout.parameters, len(federation.clients)
     longest = max(int(client.train.lengths.max()) for client in federation.clients)
@@ -74,4 +83,7 @@ def largest_pass(config: RunConfig, federation: Federation, costs: Sequence[Cost
         free_bytes = limit_bytes or SHARE * available_bytes()
         if config.engine.store == "memory":
             free_bytes -= row_bytes * clients * (1 + len(kinds))
-    return max(1, int(free_bytes / session_bytes))
+        if config.engine.name == "ray" and not limit_bytes:
+            free_bytes /= config.engine.actors or usable_cores()
+    fitting = max(1, int(free_bytes / session_bytes))
+    return fitting if limit_bytes else 1 << (fitting.bit_length() - 1)

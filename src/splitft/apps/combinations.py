@@ -18,6 +18,8 @@ def clashes_of(config: RunConfig, built: Components) -> Iterator[str]:
     yield from _of_merging(config, built)
     if config.engine.store == "disk" and config.engine.name == "workers":
         yield 'engine.store = "disk" needs cohorts that take turns: engine.name = "workers" has all clients in memory at once'
+    if config.model.device_map and config.engine.name == "ray":
+        yield 'model.device_map spreads the model of one process over GPUs: every actor of engine.name = "ray" holds the whole on one'
     if config.policy.name == "splitft" and config.tokens.held_out == 0:
         yield 'policy "splitft" goes by the clients\' held-out text: set tokens.held_out above 0'
 

@@ -20,7 +20,6 @@ from splitft.clock import utc_now
 from splitft.config import RunConfig, load_config
 from splitft.engine import checkpoint
 from splitft.engine.closing import restore_weights
-from splitft.engine.cohort import CohortExecutor
 from splitft.engine.journal import Journal
 from splitft.engine.merging import unfolded
 from splitft.engine.rounds import RoundRecord, Run, run_rounds
@@ -75,6 +74,7 @@ class FederatedRun:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock: IO[str] = (self.folder / ".lock").open("w")
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(self.folder / SHELF_FOLDER, ignore_errors=True)  # left by a process that died, whatever this one's store is
         except BlockingIOError as problem:
             self.close()
             raise CheckpointError(
@@ -109,7 +109,10 @@ class FederatedRun:
             wall_s=0.0,
             journal_bytes=0,
             identity=dict(built.identity),
+            # What `recover` puts back when round 1 fails after its merge.
+            folded={str(key): weight for key, weight in self._originals.items()},
         )
+        same_cohorts(built, state)
         journal = Journal(self.folder)
         journal.append(started_event(built, state))
         state.journal_bytes = journal.bytes
@@ -117,8 +120,7 @@ class FederatedRun:
         return self._make(state, journal)
 
     def _resume(self) -> Run:
-        state = checkpoint.load(checkpoint.newest(self.folder), self.assembly.federation.shelf)
-        checkpoint.require_same(state.identity, self.assembly.identity, self.folder)
+        state = checkpoint.load(checkpoint.newest(self.folder), self.assembly.federation.shelf, self.assembly.identity)
         changed = changed_fields(load_config(self.folder / "config.toml"), self.config)
         if refused := [name for name in changed if name.split(".")[0] in STATEFUL or name in STATEFUL_FIELDS]:
             raise ConfigError(
@@ -204,8 +206,9 @@ class FederatedRun:
 
 def same_cohorts(built: Assembly, state: checkpoint.RunState) -> None:
     """Go on with cohorts of the size the run began with, whatever memory is free today: it shows in the last bits of the numbers."""
-    if isinstance(built.executor, CohortExecutor) and not built.config.engine.cohort_size:
-        built.executor.size = int(state.notes.setdefault("cohort_size", built.executor.size))
+    executor: Any = built.executor  # the workers' has no cohorts; Ray's is not imported for a look at its class
+    if built.config.engine.name in ("cohort", "ray") and not built.config.engine.cohort_size:
+        executor.size = int(state.notes.setdefault("cohort_size", executor.size))
 
 
 def changed_fields(before: RunConfig, now: RunConfig) -> dict[str, Any]:

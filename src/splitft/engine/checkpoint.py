@@ -174,10 +174,11 @@ def newest(folder: Path) -> Path:
     return found[-1]
 
 
-def load(path: Path, shelf: Shelf | None = None) -> RunState:
+def load(path: Path, shelf: Shelf | None = None, identity: dict[str, Any] | None = None) -> RunState:
     """The state in a checkpoint folder; what clients keep goes onto the shelf, if there is one.
 
-    Raises CheckpointError naming the file for anything missing, damaged or of another format.
+    Raises CheckpointError naming the file for anything missing, damaged or of another format, and for a checkpoint of another
+    `identity`: before its tensors are read, since those would not fit the shelf.
     """
     remedy = f"delete {path} to go back to the checkpoint before it, or start a new run."
     try:
@@ -187,6 +188,8 @@ def load(path: Path, shelf: Shelf | None = None) -> RunState:
             raise CheckpointError(
                 f"{path} has format {facts['format']}, this version reads {FORMAT}.", "use the splitft version that wrote it."
             )
+        if identity is not None:
+            require_same(facts["identity"], identity, path.parent.parent)
         if tensor_file.digest_of(tensors) != facts["sha256"]:
             raise CheckpointError(f"{tensors} is damaged: its checksum is not the one in state.json.", remedy)
         return _state(facts, tensor_file.read(tensors, _places(shelf)))
@@ -200,7 +203,8 @@ def _places(shelf: Shelf | None) -> tensor_file.Destination:
     def place(name: str, form: tensor_file.Form) -> Tensor | None:
         owner, _, rest = name.partition(".")
         client, _, kind = rest.rpartition(".")
-        return None if shelf is None or owner != "client" else shelf.place(kind, int(client))
+        # A run may be resumed with train.moments = "reset": then the files have no place for what the checkpoint still holds.
+        return None if shelf is None or owner != "client" or not shelf.holds(kind) else shelf.place(kind, int(client))
 
     return place
 

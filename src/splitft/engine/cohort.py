@@ -123,7 +123,7 @@ def join(parts: Iterable[RoundResult], kept: Rows | None = None, plan: RoundPlan
             plans[row], joined.tokens[row], joined.targets[row] = one, part.tokens[k], part.targets[k]
             joined.step_losses[row] = part.step_losses[k]
         joined.ledger.clients.update(part.ledger.clients)
-        joined.states.update(settled(part.states, shelf, plan.lost if plan else ()))
+        joined.states.update(settled(part.states, shelf, plan.lost if plan else (), row_of))
         if shelf is not None:
             shelf.rest()
     joined.plans = tuple(plans)

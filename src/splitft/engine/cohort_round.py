@@ -264,7 +264,7 @@ class Cohort:
                 gradients[row].mul_(factor)
 
     def _rate(self, company: list[int], step: int) -> float | Tensor:
-        """The learning rate of a company's step: one, or [rows, 1] where its members divide the round differently."""
+        """The learning rate of a company's step: one, or one per row [rows] where its members divide the round differently."""
         settings = self.federation.settings
         rates = [settings.rate(self.first_step, step, self.plans[k].local_steps) for k in company]
         if len(set(rates)) == 1:
@@ -283,9 +283,10 @@ class Cohort:
                 values[k] = row.to(values.device)
             columns = self.ownership[k].client_columns(federation.layout, federation.trained)
             same = (row.data_ptr(), plan.cut, plan.tail_blocks, plan.exit_on_client, plan.ranks)
-            if same not in sent:  # most clients begin with the same adapters: encoded once, counted for each
+            if plan.download and same not in sent:  # most clients begin with the same adapters: encoded once, counted for each
                 sent[same] = row, encode_vector(take(row, columns), codec)
-            frame = round_start_frame(plan, self.round, self.first_step, federation.settings, sent[same][1])
+            data = sent[same][1] if plan.download else b""
+            frame = round_start_frame(plan, self.round, self.first_step, federation.settings, data)
             self.ledger.add_frame(plan.client, "down", frame)
             if plan.download and not codec.lossless:
                 with torch.no_grad():

@@ -79,6 +79,15 @@ class RayExecutor:
         result.notices = self.pool.take_notices()
         return result
 
+    @property
+    def size(self) -> int:
+        """Clients of a cohort at most."""
+        return self.grouping.size
+
+    @size.setter
+    def size(self, clients: int) -> None:
+        self.grouping.size = clients
+
     def close(self) -> None:
         self.pool.close()
 
@@ -87,7 +96,7 @@ class RayExecutor:
     ) -> Job:
         rows, chosen = given.of(group)
         known = {one.client: packed(states[one.client]) for one in group if one.client in states}
-        task = ray.put(Task(number, first_step, tuple(group), chosen, known))
+        task = ray.put(Task(number, first_step, tuple(group), chosen, known, self.size))
         names = ", ".join(str(one.client) for one in group[:8]) + (", ..." if len(group) > 8 else "")
         return Job(f"the cohort of client{'s' if len(group) > 1 else ''} {names}", partial(_train, task, rows, folded))
 

@@ -70,13 +70,15 @@ class Blueprint:
 
 @dataclass(frozen=True)
 class Task:
-    """One cohort of a round. `starts`: for each plan, which of the rows that come with the task it begins with."""
+    """One cohort of a round. `starts`: for each plan, which of the rows that come with the task it begins with. `size`: how many clients
+    go through the model together (0: as the blueprint says)."""
 
     round: int
     first_step: int
     plans: tuple[Plan, ...]
     starts: tuple[int, ...]
     states: Mapping[int, State]
+    size: int = 0
 
 
 @dataclass(frozen=True)
@@ -152,6 +154,7 @@ class CohortWorker:
         if folded.version != self.folded:
             restore_weights(self.federation, {key: stored.tensor() for key, stored in folded.weights.items()})
             self.folded = folded.version
+        self.executor.size = task.size or self.executor.size
         given = torch.tensor(rows)
         row_of = {plan.client: given[number] for plan, number in zip(task.plans, task.starts, strict=True)}
         states = {client: unpacked(state) for client, state in task.states.items()}

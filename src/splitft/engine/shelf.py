@@ -40,6 +40,10 @@ class Shelf(ABC):
     def place(self, kind: str, client: int) -> Tensor:
         """The place [p] for one kind of row of one client (-1: of the server that all share): always the same memory."""
 
+    def holds(self, kind: str) -> bool:
+        """Whether there are places for this kind of row."""
+        return True
+
     @abstractmethod
     def matrix(self, rows: int) -> Tensor:
         """Room [rows p] for the adapters after a round; the next call may give the same memory."""
@@ -113,6 +117,9 @@ class DiskShelf(Shelf):
     def place(self, kind: str, client: int) -> Tensor:
         return self.matrices[kind][client]  # the server's, -1, is the last
 
+    def holds(self, kind: str) -> bool:
+        return kind in self.matrices
+
     def matrix(self, rows: int) -> Tensor:
         return self.matrices[ROUND][:rows]
 
@@ -140,13 +147,16 @@ def _no_room(folder: Path, clients: int, needed_bytes: int, free_bytes: int) -> 
     )
 
 
-def settled(states: Mapping[int, ClientState], shelf: Shelf | None, lost: Collection[int] = ()) -> dict[int, ClientState]:
+def settled(
+    states: Mapping[int, ClientState], shelf: Shelf | None, lost: Collection[int] = (), everyone: Collection[int] = ()
+) -> dict[int, ClientState]:
     """The states with their rows in their places. Clients that are `lost` go back to what they had before the round: their places are
-    left alone, their new states lose their rows. The server's common rows go with the clients': left alone when all are lost."""
+    left alone, their new states lose their rows. The server's common rows go with the clients': left alone when all are lost of `everyone`
+    in the round (empty: those of the states)."""
     if shelf is None:
         return dict(states)
     found = {}
-    forlorn = bool(lost) and all(client in lost for client in states if client >= 0)
+    forlorn = bool(lost) and all(client in lost for client in (everyone or states) if client >= 0)
     for client, state in states.items():
         dropped = client in lost or (client < 0 and forlorn)
 

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
@@ -123,10 +123,12 @@ def register() -> str:
     return NAME
 
 
-def suited(family: type[PreTrainedModel]) -> str:
+def suited(family: type[PreTrainedModel], config: PretrainedConfig) -> str:
     """The attention to ask for on a CPU: this one where the family offers sdpa, which has the same interface and limits (Gemma 2's soft cap
-    and gpt-oss's sinks would be passed over in silence); else "sdpa", which the family then refuses by itself."""
-    return register() if getattr(family, "_supports_sdpa", False) else "sdpa"
+    and gpt-oss's sinks would be passed over in silence); else "sdpa", which the family then refuses by itself. Families that choose the
+    tokens to attend to (`index_topk`) do so for the attentions they know by name only."""
+    sparse = getattr(config.get_text_config(), "index_topk", None) is not None
+    return register() if getattr(family, "_supports_sdpa", False) and not sparse else "sdpa"
 
 
 def build_with(build: Callable[[str], Built], wanted: str) -> Built:
