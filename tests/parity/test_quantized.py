@@ -35,13 +35,15 @@ def losses(codec: Codec | None, name: str, shape: str = "exit-on-server", seed: 
 @pytest.mark.parametrize("codec", CODECS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_cohort_and_workers_train_alike(codec: str, shape: str) -> None:
-    """A value at the border of two levels may fall to either side where a matrix product rounds otherwise: hence a tolerance, which is
-    far below what other random numbers change."""
+    """A value at the border of two levels may fall to either side where a matrix product rounds otherwise, and then the client's later
+    losses move: so most losses agree to the last digits and none is far off, while other random numbers change them all."""
     expected = losses(CODECS[codec], "workers", shape)
     for name in ("cohort", "cohort-of-two", "workers-ragged"):
-        assert float((losses(CODECS[codec], name, shape) - expected).abs().max()) < 1e-3, name
+        difference = (losses(CODECS[codec], name, shape) - expected).abs()
+        assert float(difference.median()) < 1e-5, name
+        assert float(difference.max()) < 0.05, name
     if CODECS[codec].draws:
-        assert float((losses(CODECS[codec], "workers", shape, seed=4) - expected).abs().max()) > 4e-3
+        assert float((losses(CODECS[codec], "workers", shape, seed=4) - expected).abs().median()) > 1e-4
 
 
 @pytest.mark.parametrize("codec", CODECS)

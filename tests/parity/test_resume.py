@@ -119,12 +119,12 @@ def test_killed_before_every_kth_write_to_disk(reference: tuple[RunConfig, Path]
             owner: Any = {"fsync": os, "rename": Path, "rmtree": shutil}[call]
             real, count = getattr(owner, call), 0
 
-            def counted(*arguments: Any) -> Any:
+            def counted(*arguments: Any, **named: Any) -> Any:
                 nonlocal count
                 count += 1
                 if count == kth:
                     os.kill(os.getpid(), signal.SIGKILL)
-                return real(*arguments)
+                return real(*arguments, **named)
 
             setattr(owner, call, counted)
             attempt(own, folder)

@@ -74,7 +74,8 @@ class FederatedRun:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock: IO[str] = (self.folder / ".lock").open("w")
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(self.folder / SHELF_FOLDER, ignore_errors=True)  # left by a process that died, whatever this one's store is
+            if (self.folder / SHELF_FOLDER).is_dir():
+                shutil.rmtree(self.folder / SHELF_FOLDER, ignore_errors=True)  # left by a process that died, whatever this one's store is
         except BlockingIOError as problem:
             self.close()
             raise CheckpointError(
