@@ -31,6 +31,7 @@ ROUND = "round"  # the kind of the participants' adapters after a round; other k
 KINDS = ("first", "second", "adapter")
 # Left free beside the files, for checkpoints and the journal to begin with.
 SPARE_BYTES = 64_000_000
+BLOCK_BYTES = 1 << 26
 
 
 class Shelf(ABC):
@@ -65,15 +66,19 @@ class Shelf(ABC):
 
 
 class MemoryShelf(Shelf):
-    """Everything in memory; a row takes some from when it is first kept."""
+    """Everything in memory; a row takes some from when it is first kept. Rows are taken from large blocks, which the system maps by
+    themselves: one by one they would lie among the activations of the passes and leave holes between them."""
 
     def __init__(self, parameters: int) -> None:
         self.parameters = parameters
         self.places: dict[tuple[str, int], Tensor] = {}
+        self.unused: list[Tensor] = []
 
     def place(self, kind: str, client: int) -> Tensor:
         if (kind, client) not in self.places:
-            self.places[kind, client] = torch.empty(self.parameters)
+            if not self.unused:
+                self.unused = list(torch.empty(max(1, BLOCK_BYTES // max(1, 4 * self.parameters)), self.parameters))
+            self.places[kind, client] = self.unused.pop()
         return self.places[kind, client]
 
     def matrix(self, rows: int) -> Tensor:
@@ -84,6 +89,7 @@ class MemoryShelf(Shelf):
 
     def close(self) -> None:
         self.places.clear()
+        self.unused.clear()
 
 
 class DiskShelf(Shelf):
