@@ -128,5 +128,5 @@ def page_text(page: Path = PAGE) -> str:
 
 
 def command_line() -> str:
-    """The command that was given, to be given again."""
-    return " ".join(["python -m benchmarks", *sys.argv[1:]])
+    """The command that was given, to be given again; where a path on this machine stood, its last part."""
+    return " ".join(["python -m benchmarks", *(Path(part).name if Path(part).is_absolute() else part for part in sys.argv[1:])])

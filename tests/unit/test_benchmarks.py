@@ -290,3 +290,9 @@ def test_options_reach_the_benchmarks_that_know_them() -> None:
         assert scope(name, parse([])) == benchmark(name).Scope()
     with pytest.raises(SystemExit):
         parse(["nothing"])
+
+
+def test_the_recorded_command_names_no_place_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["benchmarks", "flower", "--flower-python", "/somewhere/bin/python", "--repeats", "5"])
+    assert record.command_line() == "python -m benchmarks flower --flower-python python --repeats 5"
+    assert all("/" not in section["command"] for section in record.newest_sections().values())
