@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from unit.launcher import LAUNCHER_VARIABLES
 
 import splitft
 from splitft import errors
@@ -42,14 +43,7 @@ def training(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
     double.show_plan = double.calls.append
     for name in ("execute", "demo", "export", "plan_command"):
         monkeypatch.setitem(sys.modules, f"splitft.apps.{name}", double)  # type: ignore[arg-type]
-    for name in (
-        "OMP_NUM_THREADS",
-        "OMP_WAIT_POLICY",
-        "GOMP_SPINCOUNT",
-        "HF_HUB_DISABLE_TELEMETRY",
-        "TRANSFORMERS_VERBOSITY",
-        "TRANSFORMERS_NO_ADVISORY_WARNINGS",
-    ):
+    for name in LAUNCHER_VARIABLES:
         monkeypatch.setenv(name, "1")  # so that what the launcher sets is taken back after the test
     return double
 

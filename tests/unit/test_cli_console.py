@@ -10,23 +10,15 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from unit.launcher import LAUNCHER_VARIABLES
 
 from splitft.apps import console
 from splitft.errors import ConfigError, Interrupted, SplitftError
 
-NAMES = (
-    "OMP_NUM_THREADS",
-    "OMP_WAIT_POLICY",
-    "GOMP_SPINCOUNT",
-    "HF_HUB_DISABLE_TELEMETRY",
-    "TRANSFORMERS_VERBOSITY",
-    "TRANSFORMERS_NO_ADVISORY_WARNINGS",
-)
-
 
 @pytest.fixture(autouse=True)
 def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in NAMES:
+    for name in LAUNCHER_VARIABLES:
         monkeypatch.setenv(name, "")  # remembered, so that the test's end takes back what the code sets
         monkeypatch.delenv(name)
 
@@ -88,7 +80,7 @@ def test_threads_follow_configuration_then_user_then_cores(monkeypatch: pytest.M
 def test_environment_is_set_but_the_users_wishes_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
     assert console.prepare_process(5).number == 5
-    assert [os.environ.get(name) for name in NAMES] == ["5", "ACTIVE", None, "1", "error", "1"]
+    assert [os.environ.get(name) for name in LAUNCHER_VARIABLES] == ["5", "ACTIVE", None, "1", "error", "1"]
 
 
 def test_waiting_threads_spin_briefly_unless_the_user_says_how_they_wait() -> None:

@@ -45,7 +45,8 @@ class Cohort:
         self.round = round_plan.round
         self.turns = round_plan.turns
         self.first_step = first_step
-        self.size = size
+        longest = max(int(federation.clients[plan.client].train.lengths.max()) for plan in plans)
+        self.budget_tokens = size * longest * federation.settings.batch_size
         self.before = [states.get(plan.client, ClientState()) for plan in plans]
         self.ownership = [Ownership(plan, federation.split.blocks) for plan in plans]
         settings = federation.settings
@@ -135,8 +136,7 @@ class Cohort:
             lengths, order = federation.clients[client].train.lengths, federation.orders[client]
             widths.append(max(int(lengths[order.indices(first + micro)].max()) for micro in range(accumulation)))
         batch = federation.settings.batch_size
-        longest = max(int(federation.clients[plan.client].train.lengths.max()) for plan in self.plans)
-        return [[company[place] for place in places] for places in alike([width * batch for width in widths], self.size * longest * batch)]
+        return [[company[place] for place in places] for places in alike([width * batch for width in widths], self.budget_tokens)]
 
     def _accumulate(self, chosen: list[int], step: int) -> tuple[list[int], list[int], Tensor]:
         """Gradients of one optimizer step of the chosen sessions, all micro-batches; their tokens, targets and summed nll [n]."""

@@ -2,7 +2,7 @@
 
 PyTorch's fused CPU kernel computes attention at a tenth of the speed of a matrix product, in the bfloat16 backward at a hundredth.
 Written as products over blocks of queries, each against the keys up to its last one, attention takes 0.55 to 0.75 of the kernel's time in
-float32 and 0.3 in bfloat16 (docs/benchmarks.md). What it does not cover (a mask that is not plain causal, dropout, bias, sinks, long rows,
+float32 and 0.3 in bfloat16 (docs/decisions/0015). What it does not cover (a mask that is not plain causal, dropout, bias, sinks, long rows,
 other devices) goes to PyTorch's kernel, computed in float32, as before.
 
 Axes: n rows times heads, t tokens, d width of a head.
