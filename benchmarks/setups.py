@@ -126,7 +126,8 @@ def settings(codec: Codec) -> TrainSettings:
         keep_moments=False,
         uplink=codec,
         downlink=codec,
-        adapter_codec=Identity(),
+        adapter_uplink=Identity(),
+        adapter_downlink=Identity(),
         seed=0,
     )
 

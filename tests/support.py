@@ -149,7 +149,8 @@ def settings(**changes: Any) -> TrainSettings:
         "keep_moments": False,
         "uplink": codec,
         "downlink": codec,
-        "adapter_codec": codec,
+        "adapter_uplink": codec,
+        "adapter_downlink": codec,
         "seed": 3,
     }
     return TrainSettings(**{**fields, **changes})

@@ -10,10 +10,13 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1] / "src" / "splitft"
 WORDS = {"types", "messages", "config", "config_checks", "config_values", "toml", "errors", "clock", "links", "lockstep", "rng"}
-SEAM_BASES = {f"{seam}.base" for seam in ("models", "compress", "aggregate", "adapt", "ranks", "sync", "work", "transport", "data")}
+SEAM_BASES = {
+    f"{seam}.base" for seam in ("models", "compress", "control", "aggregate", "adapt", "ranks", "sync", "work", "transport", "data")
+}
 MAY_IMPORT = dict.fromkeys(WORDS, WORDS) | {
     "models": WORDS,
     "compress": WORDS,
+    "control": WORDS,
     "data": WORDS,
     "products": WORDS,
     "lora": WORDS | {"models.base", "products"},

@@ -34,8 +34,23 @@ from splitft.aggregate.trimmed_mean import TrimmedMean
 from splitft.aggregate.zero_pad import ZeroPad
 from splitft.compress.base import Codec
 from splitft.compress.cast import Cast
+from splitft.compress.entropy import Entropy
+from splitft.compress.error_bounded import ErrorBounded
+from splitft.compress.feedback import Feedback
 from splitft.compress.identity import Identity
+from splitft.compress.lowrank import LowRank
+from splitft.compress.projection import Projection
 from splitft.compress.quantize import Quantize
+from splitft.compress.randk import RandK
+from splitft.compress.residual import Residual as ResidualChange
+from splitft.compress.same import Same
+from splitft.compress.temporal import Temporal
+from splitft.compress.topk import TopK
+from splitft.control.bang_bang import BangBang
+from splitft.control.base import Controller
+from splitft.control.ddpg import Ddpg
+from splitft.control.energy import Energy
+from splitft.control.fixed import FixedDial
 from splitft.data.base import Partition, Source
 from splitft.data.folder import ClientFolder
 from splitft.data.hub import HubDataset
@@ -80,6 +95,21 @@ CODECS: Mapping[str, type[Codec]] = {
     "identity": Identity,
     "cast": Cast,
     "quantize": Quantize,
+    "error_bounded": ErrorBounded,
+    "topk": TopK,
+    "randk": RandK,
+    "residual": ResidualChange,
+    "temporal": Temporal,
+    "lowrank": LowRank,
+    "projection": Projection,
+    "feedback": Feedback,
+    "entropy": Entropy,
+}
+CONTROLLERS: Mapping[str, type[Controller]] = {
+    "fixed": FixedDial,
+    "bang_bang": BangBang,
+    "energy": Energy,
+    "ddpg": Ddpg,
 }
 POLICIES: Mapping[str, type[Policy]] = {
     "fixed": Fixed,
@@ -133,13 +163,26 @@ CATALOG: Mapping[str, Mapping[str, type[Any]]] = {
     "synchronisation": SYNCHRONISATIONS,
     "uplink": CODECS,
     "downlink": CODECS,
+    "exit_downlink": {"same": Same, **CODECS},
+    "exit_uplink": {"same": Same, **CODECS},
+    "adapter_uplink": CODECS,
+    "adapter_downlink": {"same": Same, **CODECS},
+    "controller": CONTROLLERS,
     "aggregator": AGGREGATORS,
     "transport": TRANSPORTS,
 }
 
 
-# A rule that works over another one of its seam holds it in this field: `rule = "average"`, or a table with a name.
-INNER = "rule"
+# A method that works over another one of its seam holds it in this field: `rule = "average"`, or a table with a name.
+INNER: Mapping[str, str] = {
+    "aggregator": "rule",
+    "uplink": "inner",
+    "downlink": "inner",
+    "exit_uplink": "inner",
+    "exit_downlink": "inner",
+    "adapter_uplink": "inner",
+    "adapter_downlink": "inner",
+}
 
 
 def problems(seam: str, name: str, fields: Mapping[str, Any]) -> list[str]:
@@ -157,7 +200,7 @@ def problems(seam: str, name: str, fields: Mapping[str, Any]) -> list[str]:
             hint = f" Did you mean {near[0]!r}?" if near else ""
             known = ", ".join(allowed) if allowed else "none"
             found.append(f"{seam}.{field} is not a field of {name}; its fields: {known}.{hint}")
-        elif field == INNER:
+        elif field == INNER.get(seam):
             inner = _inner(fields[field])
             found += (
                 problems(seam, *inner) if inner else [f"{seam}.{field} is {fields[field]!r}; allowed is a name or a table with a name."]
@@ -184,8 +227,9 @@ def build(seam: str, name: str, fields: Mapping[str, Any]) -> Any:
         raise ConfigError(
             f"[{seam}] has {len(found)} problem{'s' if len(found) > 1 else ''}.", "docs/configuration.md lists every field.", tuple(found)
         )
-    inner = _inner(fields[INNER]) if INNER in fields else None
-    given = {**fields, INNER: build(seam, *inner)} if inner else fields
+    place = INNER.get(seam, "")
+    inner = _inner(fields[place]) if place in fields else None
+    given = {**fields, place: build(seam, *inner)} if inner else fields
     try:
         return CATALOG[seam][name](**given)
     except TypeError as problem:

@@ -228,6 +228,9 @@ class EvaluateSection(Section):
     every_rounds: Count = Field(1, description="Rounds between evaluations.")
     batch_size: Count = Field(8, description="Rows of an evaluation batch; more of shorter rows, for as many tokens.")
     max_rows: CountOrZero = Field(0, description="Most held-out rows of each client and of the common slice; 0 takes all.")
+    probe_rows: Count = Field(
+        4, description="Training rows that clients in turn send uncompressed each round, for a controller that asks for a probe."
+    )
 
 
 class EngineSection(Section):
@@ -303,6 +306,15 @@ class RunConfig(Section):
     train: TrainSection = Field(default_factory=TrainSection)
     uplink: Component = _component("cast", "Codec of what clients send at the cut.", dtype="bfloat16")
     downlink: Component = _component("cast", "Codec of what the server sends at the cut.", dtype="bfloat16")
+    exit_downlink: Component = _component("same", 'Codec of a U-shape\'s activations at the exit; "same": as uplink.')
+    exit_uplink: Component = _component("same", 'Codec of a U-shape\'s gradients at the exit; "same": as downlink.')
+    adapter_uplink: Component = _component(
+        "identity", "Codec of the adapters clients send; one that loses something is given their change since the round began."
+    )
+    adapter_downlink: Component = _component(
+        "same", 'Codec of the adapters the server sends, given the change since the client last had them; "same": as adapter_uplink.'
+    )
+    controller: Component = _component("fixed", "How coarse the codecs are from round to round, within a budget of quality.")
     aggregator: Component = _component("average", "How updates become the next global adapters.")
     synchronisation: Component = _component("every_round", "Whether a round ends with an aggregation.")
     evaluate: EvaluateSection = Field(default_factory=EvaluateSection)

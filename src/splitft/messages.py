@@ -106,6 +106,8 @@ class RoundStart(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_d
     upload: bool = True
     segment: int = 0
     segments: int = 1
+    activations_dial: float = 1.0
+    gradients_dial: float = 1.0
 
 
 class RoundEnd(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -131,7 +133,8 @@ FieldsT = TypeVar("FieldsT", RoundStart, RoundEnd, RoundAccepted)
 
 @dataclass(frozen=True)
 class Frame:
-    """One message: its type, its fields, the token counts of its sequences (step messages) and its encoded packets."""
+    """One message: its type, its fields, the token counts of its sequences (step messages; behind them the ids of its samples, where a
+    codec remembers by sample) and its encoded packets."""
 
     kind: Type
     fields: bytes

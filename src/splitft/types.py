@@ -92,7 +92,8 @@ class Plan:
 
     `rank` is the largest rank of its adapters; `ranks` has one for every entry of the layout (0: no adapter there), empty: the layout's
     own everywhere. Without `download` it goes on from the adapters of its own blocks that it has; without `upload` it keeps them to
-    itself. Of its own blocks' adapters it uploads piece `segment` of `segments`.
+    itself. Of its own blocks' adapters it uploads piece `segment` of `segments`. `dial`: how many times as large as configured the errors
+    of its codecs may be, of activations and of gradients.
     """
 
     client: int
@@ -106,6 +107,7 @@ class Plan:
     upload: bool = True
     segment: int = 0
     segments: int = 1
+    dial: tuple[float, float] = (1.0, 1.0)
 
     def is_whole(self, blocks: int) -> bool:
         """Whether the client holds a model of so many blocks alone: then nothing crosses a cut."""

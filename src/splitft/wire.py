@@ -8,14 +8,15 @@ Axes: s sessions, b sequences of a session, t tokens (padded), d hidden width, q
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from splitft.compress.base import Codec, Packet, State
+from splitft.compress.base import HEADER_BYTES, Codec, Packet, Samples, State
 from splitft.rng import torch_stream
 
 Record = Callable[[int, bool, Packet], None]
@@ -31,11 +32,18 @@ class StreamName:
     place: str
 
 
+class Ends(NamedTuple):
+    """The states of a stream's two ends; one and the same where the codec keeps the same at both."""
+
+    sender: State
+    receiver: State
+
+
 @dataclass
 class Stream:
     """One direction of one client in one round: its codec, the states of the sending and the receiving end, the packets `sent` so far.
 
-    A codec that draws random numbers needs the `name` from which those of each packet follow.
+    A codec that draws random numbers needs the `name` from which those of each packet follow. `facts`: sums over what was sent.
     """
 
     codec: Codec
@@ -43,10 +51,19 @@ class Stream:
     receiver: State
     name: StreamName | None = None
     sent: int = 0
+    facts: dict[str, float] = field(default_factory=dict)
 
     @classmethod
-    def open(cls, codec: Codec, name: StreamName | None = None) -> Stream:
-        return cls(codec, codec.init(), codec.init(), name)
+    def open(cls, codec: Codec, name: StreamName | None = None, ends: Ends | None = None) -> Stream:
+        """A stream that goes on from `ends`, or a new one."""
+        if ends is None:
+            state = codec.init()
+            ends = Ends(state, state if codec.mirrored else codec.init())
+        return cls(codec, ends.sender, ends.receiver, name)
+
+    @property
+    def ends(self) -> Ends:
+        return Ends(self.sender, self.receiver)
 
     def generator(self) -> torch.Generator | None:
         """The random numbers of the next packet; None for a codec that draws none."""
@@ -56,37 +73,63 @@ class Stream:
         self.sent += 1
         return torch_stream(self.name.seed, f"codec {self.name.place}", self.name.client, self.name.round, self.sent - 1)
 
-    def send(self, tensor: Tensor) -> Packet:
+    def send(self, tensor: Tensor, samples: Samples | None = None) -> Packet:
         """Encode at the sending end."""
-        packet, self.sender = self.codec.encode(tensor, self.sender, self.generator())
+        packet, self.sender = self.codec.encode(tensor, self.sender, self.generator(), samples)
+        self.note(packet)
         return packet
 
-    def carry(self, tensor: Tensor) -> tuple[Tensor, Packet]:
+    def receive(self, packet: Packet, samples: Samples | None = None) -> Tensor:
+        """Decode at the receiving end."""
+        tensor, self.receiver = self.codec.decode(packet, self.receiver, samples)
+        return tensor
+
+    def carry(self, tensor: Tensor, samples: Samples | None = None) -> tuple[Tensor, Packet]:
         """Encode at one end, decode at the other; the decoded tensor (on the device of the input) and what travelled."""
-        packet = self.send(tensor)
-        decoded, self.receiver = self.codec.decode(packet, self.receiver)
-        return decoded.to(tensor.device), packet
+        rows, [packet] = carry_together([self], tensor.reshape(-1, tensor.shape[-1]), [tensor[..., 0].numel()], [samples])
+        return rows.reshape(tensor.shape), replace(packet, shape=tuple(tensor.shape))
+
+    def note(self, packet: Packet) -> None:
+        """Add what is known of a packet to the sums; codecs that say nothing leave none."""
+        if not packet.facts:
+            return
+        values = math.prod(packet.shape)
+        sizes = {"packets": 1, "bytes": packet.size_bytes, "plain_bytes": HEADER_BYTES + 2 * values, "values": values}
+        for fact, amount in (*sizes.items(), *packet.facts.items()):
+            self.facts[fact] = self.facts.get(fact, 0.0) + amount
 
 
-def open_streams(uplink: Codec, downlink: Codec, seed: int, client: int, round_index: int) -> tuple[Stream, Stream, Stream, Stream]:
-    """The four tensors of a client's step: at the cut up and down, at a U-shape's exit down and up."""
-    places = (
-        (uplink, "up activations"),
-        (downlink, "down gradients"),
-        (downlink, "down activations"),
-        (uplink, "up gradients"),
+PLACES = ("up activations", "down gradients", "down activations", "up gradients")
+
+
+def open_streams(
+    codecs: Sequence[Codec], seed: int, client: int, round_index: int, ends: Mapping[str, Ends] | None = None
+) -> tuple[Stream, Stream, Stream, Stream]:
+    """The four tensors of a client's step, in the order of PLACES: at the cut up and down, at a U-shape's exit down and up. `ends` are what
+    is left of the streams of the round before, by place."""
+    known = ends or {}
+    made = zip(codecs, PLACES, strict=True)
+    up, down, exit_down, exit_up = (
+        Stream.open(codec, StreamName(seed, client, round_index, place), known.get(place)) for codec, place in made
     )
-    up, down, exit_down, exit_up = (Stream.open(codec, StreamName(seed, client, round_index, place)) for codec, place in places)
     return up, down, exit_down, exit_up
 
 
-def carry_together(streams: Sequence[Stream], rows: Tensor, counts: Sequence[int]) -> tuple[Tensor, list[Packet]]:
-    """Carry `counts` of the rows [q d] over each of the streams, which have one codec, in one pass; decoded rows and what travelled."""
+def carry_together(
+    streams: Sequence[Stream], rows: Tensor, counts: Sequence[int], samples: Sequence[Samples | None] | None = None
+) -> tuple[Tensor, list[Packet]]:
+    """Carry `counts` of the rows [q d] over each of the streams, which have one codec, in one pass; decoded rows and what travelled.
+
+    Where both ends keep the same, one state serves both, and the receiver's step is the sender's too.
+    """
     codec = streams[0].codec
-    packets, senders = codec.encode_batch(rows, counts, [one.sender for one in streams], [one.generator() for one in streams])
-    decoded, receivers = codec.decode_batch(packets, [one.receiver for one in streams], rows.device)
-    for stream, sender, receiver in zip(streams, senders, receivers, strict=True):
+    together = codec.mirrored and all(one.sender is one.receiver for one in streams)
+    drawn = [one.generator() for one in streams]
+    packets, senders = codec.encode_batch(rows, counts, [one.sender for one in streams], drawn, samples, commit=not together)
+    decoded, receivers = codec.decode_batch(packets, [one.receiver for one in streams], rows.device, samples)
+    for stream, packet, sender, receiver in zip(streams, packets, receivers if together else senders, receivers, strict=True):
         stream.sender, stream.receiver = sender, receiver
+        stream.note(packet)
     return decoded, packets
 
 
@@ -96,6 +139,7 @@ class Wire:
 
     `sessions` are their positions in the pass; `lengths` [s b] the tokens of every sequence of the pass, None when none is padded: padding
     never travels. `forward` and `backward` are the streams of each session of the group; `record` is told (session, is_forward, packet).
+    `samples`: of each session of the group, for codecs that remember by sample.
     """
 
     sessions: Sequence[int]
@@ -104,6 +148,7 @@ class Wire:
     forward: Sequence[Stream]
     backward: Sequence[Stream]
     record: Record
+    samples: Sequence[Samples | None] | None = None
     _found: tuple[list[int], Tensor] | None = field(default=None, init=False)
 
     def carry(self, tensor: Tensor, is_forward: bool) -> Tensor:
@@ -113,7 +158,7 @@ class Wire:
         counts, chosen = ([span] * len(self.sessions), whole) if self.lengths is None else self._tokens(tensor.shape[1])
         # As a copy of whole rows: indexing with a tensor goes value by value.
         rows = flat[chosen] if isinstance(chosen, slice) else flat.index_select(0, chosen.to(flat.device))
-        decoded, packets = carry_together(self.forward if is_forward else self.backward, rows, counts)
+        decoded, packets = carry_together(self.forward if is_forward else self.backward, rows, counts, self.samples)
         for session, packet in zip(self.sessions, packets, strict=True):
             self.record(session, is_forward, packet)
         if decoded.shape == flat.shape:

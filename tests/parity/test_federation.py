@@ -30,6 +30,7 @@ def plans(cuts: list[int], steps: int = 3, u_shape: bool = False, tail: int = 0,
 def executors(fed: Federation) -> dict[str, CohortExecutor | WorkersExecutor]:
     return {
         "cohort": CohortExecutor(fed),
+        "cohort-of-one": CohortExecutor(fed, 1),
         "cohort-of-two": CohortExecutor(fed, 2),
         "workers": WorkersExecutor(fed, InProcess(), deterministic=True),
         "workers-ragged": WorkersExecutor(fed, InProcess(), deterministic=False),

@@ -118,13 +118,13 @@ class Counted(Cast):
 
     calls: ClassVar[list[str]] = []
 
-    def encode_batch(self, rows: Tensor, counts: Any, states: Any, generators: Any) -> Any:
+    def encode_batch(self, rows: Tensor, counts: Any, *more: Any, **named: Any) -> Any:
         self.calls.append(f"encode {list(counts)}")
-        return super().encode_batch(rows, counts, states, generators)
+        return super().encode_batch(rows, counts, *more, **named)
 
-    def decode_batch(self, packets: Any, states: Any, device: torch.device | None = None) -> Any:
+    def decode_batch(self, packets: Any, *more: Any, **named: Any) -> Any:
         self.calls.append(f"decode {len(packets)}")
-        return super().decode_batch(packets, states, device)
+        return super().decode_batch(packets, *more, **named)
 
 
 @pytest.mark.parametrize("sessions", [[0, 2], [0, 1, 2]])
@@ -143,7 +143,7 @@ def test_a_ragged_group_crosses_in_one_pass(sessions: list[int]) -> None:
 @pytest.mark.parametrize("sessions", [[1], [2, 0], [0, 1, 2]])
 def test_a_group_s_tokens_are_what_each_session_alone_would_get(codec: Codec, padded: bool, sessions: list[int]) -> None:
     def streams() -> list[Stream]:
-        return [open_streams(codec, codec, 7, session, 1)[0] for session in sessions]
+        return [open_streams([codec] * 4, 7, session, 1)[0] for session in sessions]
 
     wire = Wire(sessions, SEQUENCES, LENGTHS if padded else None, streams(), streams(), lambda *entry: None)
     out = cross(state(), wire).reshape(SESSIONS, SEQUENCES, TOKENS, WIDTH)
@@ -158,7 +158,7 @@ STOCHASTIC = Quantize(bits=2, rounding="stochastic")
 
 def carried(place: int, *name: int) -> list[Tensor]:
     """What two packets of the same tensor arrive as, over one of the four streams of this (seed, client, round)."""
-    stream = open_streams(STOCHASTIC, STOCHASTIC, *name)[place]
+    stream = open_streams([STOCHASTIC] * 4, *name)[place]
     return [stream.carry(state()[0])[0] for _ in range(2)]
 
 
@@ -187,7 +187,7 @@ def test_a_codec_that_draws_needs_a_named_stream_and_others_draw_nothing() -> No
 
 
 def test_streams_that_cross_together_keep_their_own_count() -> None:
-    streams = [open_streams(STOCHASTIC, STOCHASTIC, 1, client, 1)[0] for client in range(2)]
+    streams = [open_streams([STOCHASTIC] * 4, 1, client, 1)[0] for client in range(2)]
     rows = torch.cat([state()[0], state()[0]])
     streams[1].carry(state()[0])  # one packet ahead
     together, _ = carry_together(streams, rows, [TOKENS, TOKENS])

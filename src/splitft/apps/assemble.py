@@ -25,8 +25,9 @@ from splitft.apps.combinations import clashes_of
 from splitft.apps.executors import executor_of, in_slots, require_engine
 from splitft.clock import Network
 from splitft.compress.base import HEADER_BYTES, Codec
-from splitft.compress.identity import Identity
+from splitft.compress.same import Same
 from splitft.config import Component, RunConfig
+from splitft.control.base import Controller
 from splitft.data.base import FederatedData, Partition, Source
 from splitft.data.federate import federate
 from splitft.data.order import BatchOrder
@@ -49,6 +50,9 @@ from splitft.types import ModelShape, Profile
 from splitft.work.base import WorkPolicy
 
 OnStage = Callable[[str], None]
+CODEC_SEAMS = ("uplink", "downlink", "exit_downlink", "exit_uplink", "adapter_uplink", "adapter_downlink")
+# What stands for "same": at a U-shape's exit, the codec of the same kind of tensor at the cut; of adapters, that of the other direction.
+SAME_AS = {"exit_downlink": "uplink", "exit_uplink": "downlink", "adapter_downlink": "adapter_uplink"}
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,11 @@ class Components:
     work: WorkPolicy
     uplink: Codec
     downlink: Codec
+    exit_downlink: Codec
+    exit_uplink: Codec
+    adapter_uplink: Codec
+    adapter_downlink: Codec
+    controller: Controller
     aggregator: Aggregator
     synchronisation: Synchronisation
 
@@ -99,7 +108,7 @@ class Assembly:
 
 def build_components(config: RunConfig) -> Components:
     """Every component of the configuration; ConfigError with the problems of all of them."""
-    seams = ("data", "partition", "policy", "ranks", "work", "uplink", "downlink", "aggregator", "synchronisation")
+    seams = ("data", "partition", "policy", "ranks", "work", *CODEC_SEAMS, "controller", "aggregator", "synchronisation")
     chosen: dict[str, Component] = {seam: getattr(config, seam) for seam in seams}
     found = [line for seam, one in chosen.items() for line in catalog.problems(seam, one.name, one.fields)]
     built: dict[str, Any] = {}
@@ -114,6 +123,9 @@ def build_components(config: RunConfig) -> Components:
             "docs/configuration.md lists every field.",
             tuple(found),
         )
+    for seam, like in SAME_AS.items():
+        if isinstance(built[seam], Same):
+            built[seam] = built[like]
     names = {"data": "source"}
     components = Components(**{names.get(seam, seam): built[seam] for seam in seams})
     if clashes := tuple(clashes_of(config, components)):
@@ -259,10 +271,13 @@ def train_settings(config: RunConfig, components: Components) -> TrainSettings:
         keep_moments=train.moments == "keep",
         uplink=components.uplink,
         downlink=components.downlink,
-        adapter_codec=Identity(),
+        adapter_uplink=components.adapter_uplink,
+        adapter_downlink=components.adapter_downlink,
         seed=config.seed,
         server=config.split.server,
         round_steps=train.local_steps,
+        exit_downlink=components.exit_downlink,
+        exit_uplink=components.exit_uplink,
     )
 
 
@@ -288,6 +303,7 @@ def rules_of(config: RunConfig, layout: Layout) -> Rules:
         evaluate_every=config.evaluate.every_rounds,
         evaluate_batch=config.evaluate.batch_size,
         evaluate_rows=config.evaluate.max_rows,
+        probe_rows=config.evaluate.probe_rows,
         keep_checkpoints=config.run.keep_checkpoints,
         seed=config.seed,
     )
@@ -345,8 +361,8 @@ def cost_model(
         modules=tuple(sorted({entry.key.module for entry in layout.entries})),
         weight_bytes=base.dtype.itemsize,
         compute_bytes=base.dtype.itemsize,
-        uplink_bytes_per_value=(components.uplink.packet_bytes(probe, base.dtype) - HEADER_BYTES) / values,
-        downlink_bytes_per_value=(components.downlink.packet_bytes(probe, base.dtype) - HEADER_BYTES) / values,
+        uplink_bytes_per_value=components.uplink.expected_bytes(*probe, base.dtype) / values,
+        downlink_bytes_per_value=components.downlink.expected_bytes(*probe, base.dtype) / values,
         label_bytes=2 if shape.vocabulary < 65_535 else 4,
         packet_header_bytes=HEADER_BYTES,
         checkpointing=config.model.gradient_checkpointing,

@@ -16,6 +16,7 @@ def clashes_of(config: RunConfig, built: Components) -> Iterator[str]:
     yield from _of_server(config, built)
     yield from _of_folding(config, built)
     yield from _of_merging(config, built)
+    yield from _of_codecs(config, built)
     if config.engine.store == "disk" and config.engine.name == "workers":
         yield 'engine.store = "disk" needs cohorts that take turns: engine.name = "workers" has all clients in memory at once'
     if config.model.device_map and config.engine.name == "ray":
@@ -109,3 +110,14 @@ def _of_merging(config: RunConfig, built: Components) -> Iterator[str]:
             )
         if moves(config):
             yield f'synchronisation "{config.synchronisation.name}" leaves adapters where they are: "{config.policy.name}" moves cuts'
+
+
+def _of_codecs(config: RunConfig, built: Components) -> Iterator[str]:
+    lossy = not (built.adapter_uplink.lossless and built.adapter_downlink.lossless)
+    if lossy and not built.synchronisation.always:
+        yield (
+            f'synchronisation "{config.synchronisation.name}" sends adapters when it has decided to, which only codec "identity" does '
+            "so far: leave adapter_uplink and adapter_downlink alone"
+        )
+    if built.controller.probes and asynchronous(config):
+        yield f'controller "{config.controller.name}" probes at the end of a round, which clients.buffer does not have: set it to 0'

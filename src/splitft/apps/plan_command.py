@@ -14,8 +14,9 @@ from splitft.adapt.base import Policy
 from splitft.adapt.choose import reference_step_s
 from splitft.adapt.cost import CostModel
 from splitft.adapt.schedule import step_seconds
-from splitft.apps.assemble import build_components, cost_model, fleet_of, load_base
+from splitft.apps.assemble import CODEC_SEAMS, Components, build_components, cost_model, fleet_of, load_base
 from splitft.apps.plan import mark_configured, plan_table, render_plan
+from splitft.apps.plan_codecs import plan_codecs, render_codecs, shapes_of, streams_of
 from splitft.apps.plan_fleet import TABLES_SHOWN, Manner, fleet_plan, render_fleet
 from splitft.config import RunConfig
 from splitft.lora import Layout
@@ -45,11 +46,16 @@ def cuts_by_profile(
     config: RunConfig, policy: Policy, shape: ModelShape, profiles: Sequence[Profile], costs: CostModel
 ) -> dict[Profile, set[int]]:
     """The cuts the policy would start each profile's clients with. Where the data decide who has which cut, every profile shows all."""
-    named = config.policy.fields.get("cuts", [])
-    if config.clients.count == 0 and len(named) not in (0, 1, len(profiles)):
+    if named := undealt_cuts(config, len(profiles)):
         return {profile: set(named) for profile in profiles}
     cuts = starting_cuts(policy, shape, profiles, costs)
     return {profile: {cut for cut, own in zip(cuts, profiles, strict=True) if own == profile} for profile in profiles}
+
+
+def undealt_cuts(config: RunConfig, profiles: int) -> list[int]:
+    """The cuts the configuration names, where only the data decide who has which; else none."""
+    named = list(config.policy.fields.get("cuts", []))
+    return named if config.clients.count == 0 and len(named) not in (0, 1, profiles) else []
 
 
 def starting_cuts(policy: Policy, shape: ModelShape, profiles: Sequence[Profile], costs: CostModel) -> list[int]:
@@ -57,6 +63,13 @@ def starting_cuts(policy: Policy, shape: ModelShape, profiles: Sequence[Profile]
     cuts = policy.init(shape, profiles, [costs] * len(profiles)).get("cuts", [])
     assert isinstance(cuts, list)
     return cuts
+
+
+def show_codecs(config: RunConfig, components: Components, costs: CostModel, cuts: Sequence[int], dtype: torch.dtype) -> None:
+    """Print what the codecs would send in the whole run."""
+    codecs = {name: getattr(components, name) for name in CODEC_SEAMS}
+    streams = streams_of(shapes_of(config, costs, cuts, dtype), codecs, config.split.labels == "client")
+    render_codecs(plan_codecs(streams), Console())
 
 
 def show_plan(config: RunConfig) -> None:
@@ -88,6 +101,7 @@ def show_plan(config: RunConfig) -> None:
         manner = Manner(config.split.server, config.train.gradient_accumulation, config.seed)
         shown = fleet_plan(costs, profiles, cuts, [steps[client] for client in range(len(profiles))], manner)
         render_fleet(shown, console, title)
+        show_codecs(config, components, costs, cuts, base.dtype)
         return
     reason = "set by policy.cuts" if config.policy.fields.get("cuts") else f"where policy {config.policy.name} starts"
     for profile in dict.fromkeys(profiles):
@@ -96,3 +110,5 @@ def show_plan(config: RunConfig) -> None:
         render_plan(mark_configured(plan_table(costs, profile, reference_s), planned, reason), console, title)
     note = f"No data were read: every row counts as full ({config.tokens.block_tokens} tokens). A run takes each client's mean row length."
     console.print(Text(note, style="dim"))
+    cuts = undealt_cuts(config, len(profiles)) or starting_cuts(components.policy, shape, profiles, costs)
+    show_codecs(config, components, costs, cuts, base.dtype)

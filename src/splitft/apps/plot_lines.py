@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from splitft.apps.plots import HALF_PX, Drawing, Point, Scale, integer_scale, quantile, spread, text_px, value_scale
+from splitft.apps.plots import HALF_PX, Drawing, Point, Scale, integer_scale, linear_scale, quantile, spread, text_px, value_scale
 from splitft.apps.report_text import is_number, number_text, shorten
 
 LABEL_CHARACTERS = 16
@@ -38,7 +38,7 @@ class Band:
 @dataclass(frozen=True)
 class LineChart:
     """What to draw. `whole_x`: the x axis counts things (rounds, steps). `rules`: x of faint vertical lines. `held`: x, whole numbers,
-    where bold lines have open dots and the axis a bar; `held_name` says why."""
+    where bold lines have open dots and the axis a bar; `held_name` says why. `zero`: the y axis is linear and begins at zero."""
 
     series: tuple[Series, ...]
     x_title: str
@@ -51,6 +51,7 @@ class LineChart:
     x_scale: Scale | None = None
     held: tuple[int, ...] = ()
     held_name: str = ""
+    zero: bool = False
 
     def draw(self) -> Drawing:
         """The chart as marks; call `.svg(...)` on it."""
@@ -82,7 +83,7 @@ class LineChart:
             x = Scale(base.low, base.high, left, right, base.ticks, base.log)
         else:
             x = integer_scale(round(min(places)), round(max(places)), left, right, count=max(4, int((right - left) / 45)))
-        return x, value_scale(values, bottom, top, count=5)
+        return x, linear_scale(values, bottom, top, zero=True) if self.zero else value_scale(values, bottom, top, count=5)
 
     def _draw_series(self, drawing: Drawing, item: Series, x: Scale, y: Scale) -> None:
         weight = "bold" if item.bold else "thin"

@@ -6,6 +6,7 @@ import math
 
 from splitft.apps.plot_lines import LineChart, Series
 from splitft.apps.plots import HALF_PX, WIDE_PX, Drawing, Figure, Legend, Point, Scale, integer_scale, linear_scale
+from splitft.apps.report_codecs import share_of_16_bit
 from splitft.apps.report_record import Round, RunRecord
 from splitft.apps.report_text import BYTE_UNITS, bytes_text, number_text, percent_text, pick_unit, plural
 from splitft.types import DIRECTIONS, KINDS
@@ -121,6 +122,8 @@ def cost_curve_figure(record: RunRecord) -> Figure | None:
     series = Series("global", points, "ink", bold=True, label=False, names=names, marks=marks)
     chart = LineChart((series,), f"bytes sent, both directions, {unit}", "perplexity, held out", x_scale=scale)
     svg_note = _cost_note([(sent, value) for _, sent, value in found])
+    if (share := share_of_16_bit(record)) is not None:
+        svg_note += f" All bytes of the run are {percent_text(share)} of what they would be with 16-bit values in these packets."
     rows = tuple((str(at), bytes_text(sent), number_text(value, 4)) for at, sent, value in found)
     svg = chart.draw().svg("cost-curve", "Perplexity against bytes sent", svg_note)
     legend = (Legend("global, the number is the round" if marks else "global", "ink", "bold"),)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from splitft.apps.report_codecs import codec_rows
 from splitft.apps.report_files import write_atomically
 from splitft.apps.report_page import LEAKAGE_NOTE, render_page
 from splitft.apps.report_record import RunRecord, load_record, read_journal
@@ -57,8 +58,9 @@ def metrics_table(record: RunRecord) -> list[dict[str, Any]]:
 
 
 def summary_table(record: RunRecord) -> list[Table]:
-    """What a run ends with in the terminal: perplexity before and after per client, bytes by kind and direction, times."""
-    return [_quality_table(record), _bytes_table(record), _time_table(record)]
+    """What a run ends with in the terminal: perplexity before and after per client, bytes by kind and direction, codecs, times."""
+    codecs = [_codec_table(record)] if codec_rows(record)[1] else []
+    return [_quality_table(record), _bytes_table(record), *codecs, _time_table(record)]
 
 
 def _quality_table(record: RunRecord) -> Table:
@@ -99,6 +101,22 @@ def _bytes_table(record: RunRecord) -> Table:
     table.add_row("all", *(bytes_text(value) for value in sums), style="bold")
     if record.tokens:
         table.add_row("per trained token", *(bytes_text(value / record.tokens) for value in sums))
+    return table
+
+
+def _codec_table(record: RunRecord) -> Table:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+    from rich.text import Text
+
+    columns, rows = codec_rows(record)
+    # As many columns as fit beside each other in a terminal of 80; the page has all.
+    kept = [index for index, name in enumerate(columns) if name not in ("as 16 bit", "mean rank")]
+    table = Table(title="Codecs", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False)
+    for index in kept:
+        table.add_column(columns[index], justify="left" if index == 0 else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*(Text(clean(row[index])) for index in kept), style="bold" if row is rows[-1] else "")
     return table
 
 

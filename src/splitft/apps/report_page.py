@@ -7,10 +7,12 @@ from typing import Any
 
 from splitft.apps.plot_aggregation import aggregation_figures
 from splitft.apps.plot_clients import client_figures
+from splitft.apps.plot_codecs import codec_figures
 from splitft.apps.plot_learning import learning_figures
 from splitft.apps.plot_time import time_figures
 from splitft.apps.plot_traffic import traffic_figures
 from splitft.apps.plots import Figure, Legend
+from splitft.apps.report_codecs import codec_table
 from splitft.apps.report_record import RunRecord
 from splitft.apps.report_style import style_sheet
 from splitft.apps.report_tables import client_table, numbers_html
@@ -51,16 +53,19 @@ def render_page(record: RunRecord) -> str:
         ("learning", "Learning", learning_figures(record)),
         ("aggregation", "Aggregation", aggregation_figures(record)),
         ("traffic", "Traffic", traffic_figures(record)),
+        ("codecs", "Codecs", codec_figures(record)),
         ("time", "Time", time_figures(record)),
         ("clients", "Clients", client_figures(record)),
     ]
-    sections = [(key, title, figures) for key, title, figures in sections if figures or key != "aggregation"]
+    tables = {"codecs": codec_table(record), "clients": client_table(record)}
+    optional = ("aggregation", "codecs")
+    sections = [(key, title, figures) for key, title, figures in sections if figures or tables.get(key) or key not in optional]
     keys = [key for key, _, _ in sections]
     notes = f'<p class="note" role="note">{escape(LEAKAGE_NOTE)}</p>{_warnings(record)}'
     body = [_PATTERNS, _header(record, [*keys, "configuration"]), f"<main>{_key_figures(record)}", notes]
     for key, title, figures in sections:
         inner = "".join(_figure(figure) for figure in figures)
-        table = client_table(record) if key == "clients" else ""
+        table = tables.get(key, "")
         empty = "" if figures or table else f'<p class="facts">{_nothing(record)}</p>'
         heading = f'<h2 id="{key}-h">{title}</h2>'
         body.append(f'<section id="{key}" aria-labelledby="{key}-h">{heading}{empty}<div class="figs">{inner}</div>{table}</section>')

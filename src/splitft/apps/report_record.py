@@ -58,7 +58,8 @@ class ClientRound(msgspec.Struct, frozen=True):
 
     `status`: done, partial (cut short, counted) or lost. `refused_cut`: the deeper cut that was planned. `ranks`: one per adapter when
     they are not all `rank`; `truncated`: share of the global adapter's energy they could not hold. `staleness`: versions the update
-    had missed when it was merged; only asynchronous rounds have it, and there the training may lie rounds back.
+    had missed when it was merged; only asynchronous rounds have it, and there the training may lie rounds back. `codec`: place ("up
+    activations") -> what the codec there knows, as sums over its packets; `apps/report_codecs.py` reads it.
     """
 
     client: int
@@ -80,6 +81,7 @@ class ClientRound(msgspec.Struct, frozen=True):
     ranks: tuple[int, ...] = ()
     truncated: float | None = None
     staleness: float | None = None
+    codec: dict[str, dict[str, float | None]] = {}
 
     def traffic(self, direction: str, kind: str | None = None) -> float:
         """Bytes in one direction, of one kind or of all."""
@@ -88,7 +90,8 @@ class ClientRound(msgspec.Struct, frozen=True):
 
 
 class Round(msgspec.Struct, frozen=True):
-    """Event `round`. `metrics`: figures of the aggregation rule and of the synchronisation rule."""
+    """Event `round`. `metrics`: figures of the aggregation rule and of the synchronisation rule. `dial`: the factor of the codecs' errors
+    in this round; `probe`: the loss of a probe slice with and without them; `controller`: what turned the dial says of it."""
 
     round: int
     clients: tuple[ClientRound, ...] = ()
@@ -100,6 +103,9 @@ class Round(msgspec.Struct, frozen=True):
     aggregated: bool = True
     metrics: dict[str, float | None] = {}
     timeline: tuple[Stage, ...] = ()
+    dial: dict[str, float | None] = {}
+    probe: dict[str, float | None] = {}
+    controller: dict[str, float | None] = {}
 
     @property
     def tokens(self) -> int:

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     pass
 
 # What the state in a checkpoint was made for: it would contradict another value.
-STATEFUL = ("policy", "ranks", "aggregator", "synchronisation", "split", "network")
+STATEFUL = ("policy", "ranks", "aggregator", "synchronisation", "controller", "split", "network")
 STATEFUL_FIELDS = ("clients.buffer", "clients.fleet", "clients.profiles", "clients.profiles_file", "clients.server_profile")
 
 Listener = Callable[[str, dict[str, Any]], None]
@@ -144,6 +144,7 @@ class FederatedRun:
             built.components.work,
             built.components.aggregator,
             built.components.synchronisation,
+            built.components.controller,
             built.costs,
             built.devices,
             built.data.common_held_out,

@@ -14,6 +14,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from splitft.apps.report_codecs import codec_sums
 from splitft.apps.report_files import write_atomically
 from splitft.apps.report_record import Evaluation, Round, RunRecord, load_record
 from splitft.apps.report_text import clean
@@ -116,7 +117,23 @@ def _round_points(item: Round, names: dict[int, str], kinds: tuple[str, ...]) ->
         points.append((f"bytes_{way}/total", item.traffic(way)))
     for client in item.clients:
         points += [(f"cut/{names[client.client]}", client.cut), (f"train_loss/{names[client.client]}", client.loss_mean)]
+    return points + _codec_points(item)
+
+
+def _codec_points(item: Round) -> list[tuple[str, float | None]]:
+    """Ratios of each place's codec, the dial and the probe; the place with an underscore, as tags have it."""
+    points: list[tuple[str, float | None]] = []
+    for place in dict.fromkeys(place for client in item.clients for place in client.codec):
+        sums = codec_sums((item,), place)
+        figures = {"share": sums.share, "skip_rate": sums.skip_rate, "residual_share": sums.residual_share, "error": sums.error}
+        points += [(f"codec/{_tag(place)}/{name}", value) for name, value in figures.items()]
+    for group, values in (("dial", item.dial), ("probe", item.probe)):
+        points += [(f"{group}/{_tag(name)}", value) for name, value in values.items()]
     return points
+
+
+def _tag(name: str) -> str:
+    return clean(name).replace("/", "_").replace(" ", "_")
 
 
 def _evaluation_points(item: Evaluation, names: dict[int, str]) -> list[tuple[str, float | None]]:

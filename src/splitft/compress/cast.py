@@ -45,6 +45,9 @@ class Cast(Stateless):
     def payload_bytes(self, count: int, width: int, dtype: torch.dtype) -> int:
         return count * width * TYPES[self.dtype].itemsize
 
+    def stride_bytes(self, dtype: torch.dtype) -> int:
+        return TYPES[self.dtype].itemsize
+
     def error_bound(self, tensor: Tensor) -> Tensor:
         relative, absolute = ERRORS[self.dtype] if tensor.dtype.itemsize > TYPES[self.dtype].itemsize else (0.0, 0.0)
         if {tensor.dtype, TYPES[self.dtype]} == {torch.float16, torch.bfloat16}:

@@ -33,3 +33,6 @@ class Identity(Stateless):
 
     def payload_bytes(self, count: int, width: int, dtype: torch.dtype) -> int:
         return count * width * dtype.itemsize
+
+    def stride_bytes(self, dtype: torch.dtype) -> int:
+        return dtype.itemsize

@@ -5,7 +5,6 @@ Axes: q rows of all packets together, d channels.
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
@@ -14,19 +13,19 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from splitft.compress.base import HEADER_BYTES, Codec, Packet, State
+from splitft.compress.base import HEADER_BYTES, NOTHING, Codec, Packed, Packet, Parts, Payload, State, as_rows
 from splitft.errors import CodecError
 
-Payload = bytes | memoryview
+__all__ = ["Payload", "Stateless", "as_rows", "slices"]
 
 
 class Stateless(Codec):
-    """What a codec does to rows [q d]; a tensor of another shape is the rows of its last axis. A tensor without elements has no payload.
+    """What a codec of fixed rate does to rows [q d]; a tensor of another shape is the rows of its last axis.
 
     One packet goes the same way as many, so one by one and together give the same bytes and the same values.
     """
 
-    floating: ClassVar[bool] = True
+    fixed_rate: ClassVar[bool] = True
 
     @abstractmethod
     def pack(self, rows: Tensor, counts: Sequence[int], generators: Sequence[torch.Generator | None]) -> list[Payload]:
@@ -36,67 +35,28 @@ class Stateless(Codec):
     def unpack(self, payloads: Sequence[Payload], counts: Sequence[int], width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """The rows [q d] of payloads whose lengths are right, finite, in memory of their own. Raises CodecError for damaged bytes."""
 
-    @abstractmethod
-    def payload_bytes(self, count: int, width: int, dtype: torch.dtype) -> int:
-        """Exact length of the payload of `count` rows of `width` channels, both at least one."""
+    def pack_rows(self, rows: Tensor, parts: Parts) -> Packed:
+        return Packed(self.pack(rows, parts.counts, parts.generators), list(parts.states), [NOTHING] * len(parts.counts))
 
-    def packet_bytes(self, shape: Sequence[int], dtype: torch.dtype) -> int:
-        count, width = as_rows(shape)
-        return HEADER_BYTES + (self.payload_bytes(count, width, dtype) if count * width else 0)
-
-    def encode(self, tensor: Tensor, state: State, generator: torch.Generator | None = None) -> tuple[Packet, State]:
-        count, width = as_rows(tensor.shape)
-        [packet], _ = self.encode_batch(tensor.reshape(count, width), [count], [state], [generator])
-        return Packet(packet.codec, packet.dtype, tuple(tensor.shape), packet.payload), state
-
-    def decode(self, packet: Packet, state: State) -> tuple[Tensor, State]:
-        rows, _ = self.decode_batch([packet], [state])
-        return rows.reshape(packet.shape), state
-
-    def encode_batch(
-        self, rows: Tensor, counts: Sequence[int], states: Sequence[State], generators: Sequence[torch.Generator | None]
-    ) -> tuple[list[Packet], list[State]]:
-        width = rows.shape[1]
-        full = [k for k, count in enumerate(counts) if count * width]
-        packed = self.pack(rows.detach(), [counts[k] for k in full], [generators[k] for k in full]) if full else []
-        payloads: list[Payload] = [b""] * len(counts)
-        for k, payload in zip(full, packed, strict=True):
-            payloads[k] = payload
-        made = [Packet(self.number, rows.dtype, (count, width), payload) for count, payload in zip(counts, payloads, strict=True)]
-        return made, list(states)
-
-    def decode_batch(
-        self, packets: Sequence[Packet], states: Sequence[State], device: torch.device | None = None
+    def unpack_rows(
+        self, payloads: Sequence[Payload], parts: Parts, width: int, dtype: torch.dtype, device: torch.device
     ) -> tuple[Tensor, list[State]]:
-        sizes = [self._rows_of(packet) for packet in packets]
-        width, dtype, device = sizes[0][1], packets[0].dtype, device or torch.device("cpu")
-        if any(size[1] != width or packet.dtype != dtype for size, packet in zip(sizes, packets, strict=True)):
-            raise CodecError("packets of different widths or types came together.", "use the same model and dtype on all clients.")
-        full = [k for k, (count, _) in enumerate(sizes) if count * width]
-        if not full:
-            return torch.empty((sum(count for count, _ in sizes), width), dtype=dtype, device=device), list(states)
-        return self.unpack([packets[k].payload for k in full], [sizes[k][0] for k in full], width, dtype, device), list(states)
+        for payload, count in zip(payloads, parts.counts, strict=True):
+            self._require_length(payload, (count, width), dtype)
+        return self.unpack(payloads, parts.counts, width, dtype, device), list(parts.states)
 
     def _rows_of(self, packet: Packet) -> tuple[int, int]:
-        """Rows and channels of a packet whose header and payload agree; else CodecError."""
-        name = type(self).__name__.lower()
-        if packet.codec != self.number:
-            raise CodecError(f"a packet of codec {packet.codec} reached {name} (codec {self.number}).", "use the same codec on both sides.")
-        if self.floating and not packet.dtype.is_floating_point:
-            raise CodecError(f"a {name} tensor says it is {packet.dtype}.", "use the same splitft version on both sides.")
-        count, width = as_rows(packet.shape)
-        needed = self.packet_bytes(packet.shape, packet.dtype) - HEADER_BYTES
-        if len(packet.payload) != needed:
+        size = super()._rows_of(packet)
+        self._require_length(packet.payload, packet.shape, packet.dtype)
+        return size
+
+    def _require_length(self, payload: Payload, shape: Sequence[int], dtype: torch.dtype) -> None:
+        needed = self.packet_bytes(shape, dtype) - HEADER_BYTES
+        if len(payload) != needed:
             raise CodecError(
-                f"payload of {len(packet.payload)} bytes does not fill shape {packet.shape} of {name} ({needed} bytes).",
+                f"payload of {len(payload)} bytes does not fill shape {tuple(shape)} of {type(self).__name__.lower()} ({needed} bytes).",
                 "use the same codec with the same fields on both sides.",
             )
-        return count, width
-
-
-def as_rows(shape: Sequence[int]) -> tuple[int, int]:
-    """A shape as rows of its last axis; a lone value is one row of one channel."""
-    return (math.prod(shape[:-1]), shape[-1]) if shape else (1, 1)
 
 
 def slices(data: memoryview, sizes: Sequence[int]) -> list[memoryview]:

@@ -14,6 +14,7 @@ from splitft.adapt.cost import CostModel
 from splitft.adapt.fleets import Device, available, lost_after, slowed
 from splitft.adapt.schedule import schedule
 from splitft.clock import ClientSchedule, Network, RoundTiming, simulate_round
+from splitft.engine.ledger import Counts
 from splitft.errors import ResourceError
 from splitft.lockstep import simulate_in_turn, simulate_together
 from splitft.rng import numpy_stream
@@ -164,6 +165,54 @@ def attend(
     # Who vanishes takes its adapters along: nothing of them is sent.
     shortened = tuple(replace(one, local_steps=steps[one.client], upload=one.upload and one.client not in lost) for one in plans)
     return Attended(shortened, frozenset(lost), timing, predicted_s, _turns(made(traffic), timing), uploaded)
+
+
+def retimed(
+    attended: Attended,
+    counted: Mapping[int, Counts],
+    index: int,
+    devices: Sequence[Device],
+    costs: Sequence[CostModel],
+    traffic: Mapping[int, Traffic],
+    rules: Attendance,
+    micro: int,
+    start_s: float,
+) -> Attended:
+    """The round on the virtual clock with the bytes that really crossed: codecs of variable rate are known only afterwards.
+
+    Who takes part and for how many steps stays as it was predicted. With a deadline all of it does: it was kept by the prediction.
+    """
+    if rules.deadline_s > 0 or not attended.plans:
+        return attended
+    made = []
+    for one in attended.plans:
+        device, own = devices[one.client], costs[one.client]
+        counts, exchanges = counted[one.client], one.local_steps * micro
+        cost = replace(
+            own.cost(one),
+            activations_up_bytes=counts["up"]["activations"] / exchanges,
+            gradients_up_bytes=counts["up"]["gradients"] / exchanges,
+            labels_up_bytes=counts["up"]["labels"] / exchanges,
+            activations_down_bytes=counts["down"]["activations"] / exchanges,
+            gradients_down_bytes=counts["down"]["gradients"] / exchanges,
+        )
+        moved = traffic[one.client]
+        made.append(
+            schedule(
+                replace(one, local_steps=exchanges),
+                cost,
+                slowed(device.profile, device.jitter, one.client, rules.seed, index),
+                own.server,
+                fetch_bytes=moved.fetch_bytes,
+                download_bytes=counts["down"]["adapters"],
+                upload_bytes=counts["up"]["adapters"],
+                extra_up_bytes=moved.report_bytes,
+                micro=micro,
+                lost=one.client in attended.lost,
+            )
+        )
+    timing = timed(made, index, rules.seed, rules.server, costs[0].network, start_s)
+    return replace(attended, timing=_without_the_lost(timing, set(attended.lost), 0.0))
 
 
 def turn_order(seed: int, index: int, clients: Sequence[int]) -> list[int]:

@@ -6,7 +6,7 @@ Axes: s sessions, b sequences of a session, t tokens of the longest sequence.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -24,7 +24,8 @@ LABEL_CODEC = 0
 
 @dataclass(frozen=True)
 class Batch:
-    """ids, labels [s*b t]; lengths [s b]; `targets` [s] positions to predict, `tokens` [s] tokens of each session.
+    """ids, labels [s*b t]; lengths [s b]; `targets` [s] positions to predict, `tokens` [s] tokens of each session;
+    `samples` [s b] which rows of its client's data each session's sequences are (none where nobody asks).
 
     `mask` [s*b t] is None when no sequence is padded. ids and mask are on the device that computes, the rest on the CPU.
     """
@@ -35,6 +36,7 @@ class Batch:
     mask: Tensor | None
     targets: Tensor
     tokens: list[int]
+    samples: list[list[int]] = field(default_factory=list)
 
     @property
     def padded_lengths(self) -> Tensor | None:
@@ -73,7 +75,8 @@ def alike(widths: Sequence[int], budget_tokens: int) -> list[list[int]]:
 
 def gather(clients: Sequence[ClientData], orders: Sequence[BatchOrder], steps: Sequence[int], device: torch.device) -> Batch:
     """The batch number `steps[k]` of each client, padded to the longest sequence of all. One read per client, one tensor for all."""
-    parts = [client.train.batch(order.indices(step)) for client, order, step in zip(clients, orders, steps, strict=True)]
+    chosen = [order.indices(step) for order, step in zip(orders, steps, strict=True)]
+    parts = [client.train.batch(rows) for client, rows in zip(clients, chosen, strict=True)]
     width = max(ids.shape[1] for ids, _, _ in parts)
     sequences = parts[0][0].shape[0]
     ids = np.zeros((len(parts), sequences, width), dtype=np.int64)
@@ -83,7 +86,8 @@ def gather(clients: Sequence[ClientData], orders: Sequence[BatchOrder], steps: S
         ids[position, :, : part.shape[1]] = part
         trained[position, :, : part.shape[1]] = part_trained
         lengths[position] = part_lengths
-    return assemble(ids.reshape(-1, width), trained.reshape(-1, width), lengths, device)
+    batch = assemble(ids.reshape(-1, width), trained.reshape(-1, width), lengths, device)
+    return replace(batch, samples=[rows.tolist() for rows in chosen])
 
 
 def assemble(ids: np.ndarray, trained: np.ndarray, lengths: np.ndarray, device: torch.device) -> Batch:

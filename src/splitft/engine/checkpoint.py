@@ -21,6 +21,7 @@ from torch import Tensor
 from splitft.engine import tensor_file
 from splitft.engine.settings import ClientState
 from splitft.engine.shelf import Shelf
+from splitft.engine.streams import flattened, unflattened
 from splitft.errors import CheckpointError
 
 FORMAT = 2
@@ -80,6 +81,8 @@ def tensors_of(state: RunState) -> dict[str, Tensor]:
         for name in CLIENT_TENSORS:
             if (tensor := getattr(state_of, name)) is not None:
                 tensors[f"client.{client}.{name}"] = tensor
+        if state_of.streams is not None:
+            tensors.update({f"streams.{client}.{name}": tensor for name, tensor in flattened(state_of.streams).items()})
     return tensors
 
 
@@ -90,6 +93,7 @@ def facts_of(state: RunState) -> dict[str, Any]:
         "format": FORMAT,
         "round": state.round,
         "clients": {str(client): {name: getattr(one, name) for name in CLIENT_NUMBERS} for client, one in clients},
+        "streams": {str(client): dict(one.streams.forms) for client, one in clients if one.streams is not None},
         "policy": state.policy,
         "ranks": state.ranks,
         "synchronisation": state.synchronisation,
@@ -215,6 +219,7 @@ def _state(facts: dict[str, Any], tensors: dict[str, Tensor]) -> RunState:
     def named(prefix: str) -> dict[str, Tensor]:
         return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
+    forms = facts.get("streams", {})
     clients = {
         int(client): ClientState(
             batches=int(one["batches"]),
@@ -225,6 +230,7 @@ def _state(facts: dict[str, Any], tensors: dict[str, Tensor]) -> RunState:
             deepest=int(one["deepest"]),
             folded=int(one["folded"]),
             cut=int(one["cut"]),
+            streams=unflattened(forms[client], named(f"streams.{client}.")) if client in forms else None,
         )
         for client, one in facts["clients"].items()
     }

@@ -8,13 +8,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Generator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from splitft.engine.batches import Batch, gather, label_packet, require_targets
-from splitft.engine.exchange import Ownership, decode_vector, packet_bytes, packet_of, put, round_end_frame, spread, take
+from splitft.compress.base import Samples
+from splitft.engine.adapters import AdapterStreams, Facts, facts_of, receive_change, send_change
+from splitft.engine.batches import Batch, gather, require_targets
+from splitft.engine.exchange import (
+    Columns,
+    Ownership,
+    decode_vector,
+    packet_bytes,
+    packet_of,
+    put,
+    round_end_frame,
+    size_of,
+    spread,
+    take,
+)
+from splitft.engine.labels import known_labels, send_labels, with_labels
 from splitft.engine.settings import ClientState, Federation, is_low, load_moments, next_state
+from splitft.engine.streams import open_step_streams, samples_of, states_after
 from splitft.errors import ProtocolError
 from splitft.lora import AdapterBank
 from splitft.loss import Targets, training_loss
@@ -22,7 +38,7 @@ from splitft.messages import Frame, RoundAccepted, RoundStart, StepFields, Type,
 from splitft.optimizer import clip_factor
 from splitft.split import Route
 from splitft.types import Plan
-from splitft.wire import Stream, open_streams
+from splitft.wire import Stream
 
 Talk = Generator[bytes, bytes, None]
 
@@ -49,6 +65,7 @@ def plan_of(start: RoundStart) -> Plan:
         start.upload,
         start.segment,
         start.segments,
+        (start.activations_dial, start.gradients_dial),
     )
 
 
@@ -75,20 +92,19 @@ class Client:
         squared = 0.0
         for step in range(self.start.local_steps):
             squared = yield from self._step(step, squared)
-        end = round_end_frame(
-            self.plan,
-            self.start.round,
-            self.targets,
-            squared,
-            self.loss_sum,
-            take(self.bank.values[0].cpu(), self.ownership.upload_columns(self.federation.layout, self.federation.trained)),
-            self.federation.settings.adapter_codec,
-        )
+        settings = self.federation.settings
+        end = round_end_frame(self.plan, self.start.round, self.targets, squared, self.loss_sum, self._update(), settings.adapter_uplink)
         batches = self.start.local_steps * self.start.gradient_accumulation
-        self.state = next_state(self.before, batches, self.federation.settings, self.moments, 0, is_low(self.plan, self.federation.layout))
+        state = next_state(self.before, batches, settings, self.moments, 0, is_low(self.plan, self.federation.layout))
+        streams = states_after(settings, self.plan, (self.uplink, self.downlink, self.exit_down, self.exit_up))
+        self.state = replace(state, streams=self.adapters.remembered(settings, with_labels(streams, self.labels)))
         accepted = expect((yield end.encode()), Type.ROUND_ACCEPTED).read(RoundAccepted)
         if accepted.client != self.client:
             raise ProtocolError(f"the server accepted client {accepted.client}, this is {self.client}.", "check the server's roster.")
+
+    def facts(self) -> Facts:
+        """What the codecs that send from this end say of the round."""
+        return facts_of((self.uplink, self.downlink, self.exit_down, self.exit_up), self.adapters)
 
     def _prepare(self, frame: Frame) -> None:
         start, federation = self.start, self.federation
@@ -96,12 +112,12 @@ class Client:
         self.plan = plan_of(start)
         self.ownership = Ownership(self.plan, federation.split.blocks)
         self.bank = AdapterBank(federation.layout, 1, federation.device, self.ownership.client_blocks(), federation.trained)
-        self._begin(frame)
         settings = federation.settings
+        self.adapters = AdapterStreams.open(settings, self.plan, start.round, self.before.streams, federation.start)
+        self._begin(frame)
         self.moments = load_moments([self.before], federation.layout, settings, federation.device, [self.plan])
-        self.uplink, self.downlink, self.exit_down, self.exit_up = open_streams(
-            settings.uplink, settings.downlink, settings.seed, self.client, start.round
-        )
+        self.uplink, self.downlink, self.exit_down, self.exit_up = open_step_streams(settings, self.plan, start.round, self.before.streams)
+        self.labels = known_labels(self.before.streams)
 
     def _begin(self, frame: Frame) -> None:
         """The adapters of this client's blocks: what it knows (the start, or its own of the round before), and what was sent."""
@@ -112,9 +128,29 @@ class Client:
             with torch.no_grad():
                 put(self.bank.values[0], known, take(own, known).to(federation.device))
         if start.download:
-            vector = decode_vector(frame.packets[0], federation.settings.adapter_codec).to(federation.device)
+            columns = self.ownership.client_columns(federation.layout, federation.trained)
+            vector = self._received(frame.packets[0], columns).to(federation.device)
             with torch.no_grad():
-                put(self.bank.values[0], self.ownership.client_columns(federation.layout, federation.trained), vector)
+                put(self.bank.values[0], columns, vector)
+        if self.adapters.up is not None:
+            self.begun = take(self.bank.values[0].cpu(), self.ownership.upload_columns(federation.layout, federation.trained))
+
+    def _received(self, data: bytes | memoryview, columns: Columns) -> Tensor:
+        """The adapters [q] that arrived, whole or as a change against those that came last."""
+        stream, known = self.adapters.down, self.adapters.known
+        if stream is None or known is None:
+            return decode_vector(data, self.federation.settings.adapter_downlink)
+        vector = take(known, columns) + receive_change(stream, data, size_of(columns), 0)
+        self.adapters.known = known.clone()
+        put(self.adapters.known, columns, vector)
+        return vector
+
+    def _update(self) -> Tensor | bytes:
+        """What this client contributes: its own adapters, or its packet of their change since the round began."""
+        vector = take(self.bank.values[0].cpu(), self.ownership.upload_columns(self.federation.layout, self.federation.trained))
+        if self.adapters.up is None or not self.plan.upload:
+            return vector
+        return send_change(self.adapters.up, vector - self.begun, self.plan.segment)
 
     def _check_start(self, frame: Frame) -> None:
         """Refuse a plan this client cannot follow. Raises ProtocolError."""
@@ -135,6 +171,9 @@ class Client:
             and [0 <= rank <= entry.rank for rank, entry in zip(start.ranks, self.federation.layout.entries, strict=False)]
             != [True] * max(len(start.ranks), len(self.federation.layout.entries)),
             f"segment {start.segment} of {start.segments}": not 0 <= start.segment < start.segments,
+            f"codecs' dial at {start.activations_dial} and {start.gradients_dial}": not all(
+                math.isfinite(one) and one > 0 for one in (start.activations_dial, start.gradients_dial)
+            ),
         }
         for fault, wrong in faults.items():
             if wrong:
@@ -185,21 +224,22 @@ class Client:
         """Labels travel; the server computes the loss."""
         hidden = self._front(batch)
         valid = batch.mask.reshape(-1).bool() if batch.mask is not None else None
-        packet = label_packet(_valid(batch.labels.reshape(-1), valid), self.federation.vocabulary)
-        frame = step_frame(
-            Type.STEP_UP, fields, batch.lengths.reshape(-1).tolist(), (self._send(self.uplink, hidden, valid), packet_bytes(packet))
-        )
-        reply = expect((yield frame.encode()), Type.STEP_DOWN)
-        hidden.backward(self._receive(self.downlink, reply, hidden, valid))  # type: ignore[no-untyped-call]
+        samples = self._samples(batch)
+        labels = _valid(batch.labels.reshape(-1), valid)
+        packet, self.labels = send_labels(labels, self.federation.vocabulary, self.labels, samples)
+        packets = self._send(self.uplink, hidden, valid, samples), packet_bytes(packet)
+        reply = expect((yield step_frame(Type.STEP_UP, fields, _named(batch, samples), packets).encode()), Type.STEP_DOWN)
+        hidden.backward(self._receive(self.downlink, reply, hidden, valid, samples))  # type: ignore[no-untyped-call]
         return reply.step()
 
     def _exit_here(self, fields: StepFields, batch: Batch) -> Generator[bytes, bytes, StepFields]:
         """Labels stay; the server sends its last hidden state and is sent the gradient of the loss with respect to it."""
         hidden = self._front(batch)
         valid = batch.mask.reshape(-1).bool() if batch.mask is not None else None
-        frame = step_frame(Type.STEP_UP, fields, batch.lengths.reshape(-1).tolist(), (self._send(self.uplink, hidden, valid),))
+        samples = self._samples(batch)
+        frame = step_frame(Type.STEP_UP, fields, _named(batch, samples), (self._send(self.uplink, hidden, valid, samples),))
         reply = expect((yield frame.encode()), Type.HIDDEN_DOWN)
-        state = self._receive(self.exit_down, reply, hidden, valid).requires_grad_(True)
+        state = self._receive(self.exit_down, reply, hidden, valid, samples).requires_grad_(True)
         split = self.federation.split
         route = Route(batch.ids.shape[0], entries={self.ownership.server_end: state}, bank=self.bank)
         final = split.run(route, None, split.needed_mask(batch.mask))
@@ -207,19 +247,34 @@ class Client:
         loss, sums = training_loss(final, Targets.of(batch.labels, final.device), weight, split.head, split.anatomy)
         loss.backward()  # type: ignore[no-untyped-call]
         assert state.grad is not None
-        frame = step_frame(Type.GRADIENT_UP, fields, (), (self._send(self.exit_up, state.grad, valid),))
+        frame = step_frame(Type.GRADIENT_UP, fields, (), (self._send(self.exit_up, state.grad, valid, samples),))
         reply = expect((yield frame.encode()), Type.STEP_DOWN)
-        hidden.backward(self._receive(self.downlink, reply, hidden, valid))  # type: ignore[no-untyped-call]
+        hidden.backward(self._receive(self.downlink, reply, hidden, valid, samples))  # type: ignore[no-untyped-call]
         return reply.step().with_result(float(sums.sum()), reply.step().squared_norm)
 
-    def _send(self, stream: Stream, tensor: Tensor, valid: Tensor | None) -> bytes:
-        """The packet of a tensor [b t d], padding left out."""
-        return packet_bytes(stream.send(_valid(tensor.detach().reshape(-1, tensor.shape[-1]), valid)))
+    def _samples(self, batch: Batch) -> Samples | None:
+        """Which rows of this client's data a batch is, where a codec remembers by sample."""
+        return samples_of(batch.samples[0], batch.lengths[0]) if self.federation.settings.keyed else None
 
-    def _receive(self, stream: Stream, frame: Frame, like: Tensor, valid: Tensor | None) -> Tensor:
-        """A tensor shaped as `like` from the frame's packet; padding is zero."""
-        decoded, stream.receiver = stream.codec.decode(packet_of(frame, 0), stream.receiver)
-        return spread(decoded, like.shape, valid, like)
+    def _send(self, stream: Stream, tensor: Tensor, valid: Tensor | None, samples: Samples | None) -> bytes:
+        """The packet of a tensor [b t d], padding left out."""
+        return packet_bytes(stream.send(_valid(tensor.detach().reshape(-1, tensor.shape[-1]), valid), samples))
+
+    def _receive(self, stream: Stream, frame: Frame, like: Tensor, valid: Tensor | None, samples: Samples | None) -> Tensor:
+        """A tensor shaped as `like` from the frame's packet; padding is zero. Raises ProtocolError for a packet of another shape, before
+        memory is taken for it."""
+        packet, count = packet_of(frame, 0), like.shape[0] * like.shape[1] if valid is None else int(valid.sum())
+        if packet.shape != (count, like.shape[2]):
+            raise ProtocolError(
+                f"a tensor of shape {packet.shape} arrived, due are {count} tokens of width {like.shape[2]}.", "check the plan."
+            )
+        return spread(stream.receive(packet, samples), like.shape, valid, like)
+
+
+def _named(batch: Batch, samples: Samples | None) -> list[int]:
+    """The tokens of each sequence, and behind them its sample where that is named."""
+    lengths: list[int] = batch.lengths.reshape(-1).tolist()
+    return lengths if samples is None else [*lengths, *samples.ids]
 
 
 def _valid(flat: Tensor, valid: Tensor | None) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from splitft.aggregate.base import Updates
 from splitft.engine.checkpoint import Pending, RunState
+from splitft.engine.dial import observe
 from splitft.engine.exchange import Ownership, put, take
 from splitft.engine.merging import Outcome, collect, importance, mean_of, merge, rows_of, updates_of, weight_norms
 from splitft.engine.planning import remember_cuts
@@ -41,7 +42,9 @@ class Closed:
         """The event `round`, and the state after it."""
         state, prepared = run.state, trained.prepared
         rate = run.federation.settings.schedule.rate(index * run.rules.local_steps - 1)
-        event = round_event(index, trained, wall_s, rate, self.aggregated, self.outcome.metrics)
+        dialled, controller = observe(run, index, trained, self.evaluated, scored, self.clients)
+        self.notes = {**self.notes, **controller}
+        event = round_event(index, trained, wall_s, rate, self.aggregated, self.outcome.metrics) | dialled
         self.notes["slowness"] = {**self.notes.get("slowness", {}), **slowness_of(event)}
         after = replace(
             state,

@@ -123,6 +123,7 @@ def join(parts: Iterable[RoundResult], kept: Rows | None = None, plan: RoundPlan
             plans[row], joined.tokens[row], joined.targets[row] = one, part.tokens[k], part.targets[k]
             joined.step_losses[row] = part.step_losses[k]
         joined.ledger.clients.update(part.ledger.clients)
+        joined.facts.update(part.facts)
         joined.states.update(settled(part.states, shelf, plan.lost if plan else (), row_of))
         if shelf is not None:
             shelf.rest()

@@ -13,10 +13,13 @@ import torch
 from torch import Tensor
 
 from splitft.compress.base import Packet
-from splitft.engine.batches import Batch, alike, gather, label_bytes, require_targets
-from splitft.engine.exchange import Ownership, decode_vector, encode_vector, put, round_end_frame, round_start_frame, take
+from splitft.engine.adapters import AdapterStreams, carry_changes, facts_of
+from splitft.engine.batches import Batch, alike, gather, require_targets
+from splitft.engine.exchange import Ownership, encode_vector, put, round_end_frame, round_start_frame, take
+from splitft.engine.labels import count_labels, known_labels, with_labels
 from splitft.engine.ledger import Ledger
 from splitft.engine.settings import SHARED_SERVER, ClientState, Federation, OnStep, RoundResult, Starts, is_low, load_moments, next_state
+from splitft.engine.streams import StreamStates, open_step_streams, samples_of, states_after
 from splitft.lora import AdapterBank, wide
 from splitft.loss import Targets, training_loss
 from splitft.messages import FRAME_BYTES, STEP_BYTES, RoundAccepted, Type, round_frame
@@ -24,7 +27,7 @@ from splitft.optimizer import clip_factor
 from splitft.rng import numpy_stream
 from splitft.split import Route
 from splitft.types import Plan, RoundPlan
-from splitft.wire import Stream, Wire, cross, open_streams
+from splitft.wire import Stream, Wire, cross
 
 
 class Cohort:
@@ -59,9 +62,14 @@ class Cohort:
         self.ledger = Ledger()
         self.loss_sums = torch.zeros(len(plans), dtype=torch.float64)
         self.squared = torch.zeros(len(plans), dtype=wide(federation.device), device=federation.device)
-        streams = [open_streams(settings.uplink, settings.downlink, settings.seed, plan.client, self.round) for plan in plans]
-        self.at_cut = [(up, down) for up, down, _, _ in streams]
-        self.at_exit = [(exit_down, exit_up) for _, _, exit_down, exit_up in streams]
+        known = [state.streams for state in self.before]
+        self.streams = [open_step_streams(settings, plan, self.round, one) for plan, one in zip(plans, known, strict=True)]
+        self.at_cut = [(up, down) for up, down, _, _ in self.streams]
+        self.at_exit = [(exit_down, exit_up) for _, _, exit_down, exit_up in self.streams]
+        self.adapters = [
+            AdapterStreams.open(settings, plan, self.round, one, federation.start) for plan, one in zip(plans, known, strict=True)
+        ]
+        self.labels = [known_labels(one) for one in known]
         self._receive(starts)
 
     def take_over(self, before: Cohort) -> None:
@@ -197,7 +205,7 @@ class Cohort:
     def _wires(self, chosen: list[int], batch: Batch, sequences: int) -> dict[int, list[Wire]]:
         """Behind which block which sessions' rows cross; a session is counted by its place among the chosen."""
         wires: dict[int, list[Wire]] = {}
-        plans = [self.plans[k] for k in chosen]
+        plans, keyed = [self.plans[k] for k in chosen], self.federation.settings.keyed
 
         def place(
             index: int, sessions: list[int], streams: list[tuple[Stream, Stream]], names: tuple[tuple[str, str], tuple[str, str]]
@@ -207,8 +215,9 @@ class Cohort:
                 self.ledger.add(plans[session].client, direction, kind, packet.size_bytes)  # type: ignore[arg-type]
 
             mine = [streams[chosen[j]] for j in sessions]
+            told = [samples_of(batch.samples[j], batch.lengths[j]) for j in sessions] if keyed else None
             wires.setdefault(index, []).append(
-                Wire(sessions, sequences, batch.padded_lengths, [f for f, _ in mine], [b for _, b in mine], record)
+                Wire(sessions, sequences, batch.padded_lengths, [f for f, _ in mine], [b for _, b in mine], record, told)
             )
 
         split = [j for j, plan in enumerate(plans) if not plan.is_whole(self.federation.split.blocks)]
@@ -227,12 +236,15 @@ class Cohort:
             plan = self.plans[k]
             if plan.is_whole(self.federation.split.blocks):
                 continue
-            step_up, other = FRAME_BYTES + STEP_BYTES + 4 * sequences, FRAME_BYTES + STEP_BYTES
+            told = samples_of(batch.samples[j], batch.lengths[j]) if self.federation.settings.keyed else None
+            named = sequences if told is None else 2 * sequences
+            step_up, other = FRAME_BYTES + STEP_BYTES + 4 * named, FRAME_BYTES + STEP_BYTES
             if plan.exit_on_client:
                 self.ledger.add(plan.client, "up", "control", step_up + other)
                 self.ledger.add(plan.client, "down", "control", 2 * other)
                 continue
-            self.ledger.add(plan.client, "up", "labels", label_bytes(batch.tokens[j], self.federation.vocabulary))
+            size, self.labels[k] = count_labels(batch.tokens[j], self.federation.vocabulary, self.labels[k], told)
+            self.ledger.add(plan.client, "up", "labels", size)
             self.ledger.add(plan.client, "up", "control", step_up)
             self.ledger.add(plan.client, "down", "control", other)
 
@@ -274,58 +286,102 @@ class Cohort:
 
     def _receive(self, starts: Starts) -> None:
         """Every client's start; its own blocks' part arrives as a message, unless it goes on from what it has."""
-        federation, codec = self.federation, self.federation.settings.adapter_codec
+        federation, codec = self.federation, self.federation.settings.adapter_downlink
         values = self.bank.values
+        changed = self._receive_changes(starts)
         sent: dict[tuple[object, ...], tuple[Tensor, bytes]] = {}
         for k, plan in enumerate(self.plans):
             row = starts(plan)
-            with torch.no_grad():
-                values[k] = row.to(values.device)
+            if k not in changed:
+                with torch.no_grad():
+                    values[k] = row.to(values.device)
             columns = self.ownership[k].client_columns(federation.layout, federation.trained)
             same = (row.data_ptr(), plan.cut, plan.tail_blocks, plan.exit_on_client, plan.ranks)
-            if plan.download and same not in sent:  # most clients begin with the same adapters: encoded once, counted for each
+            if (
+                plan.download and k not in changed and same not in sent
+            ):  # most clients begin with the same adapters: encoded once, counted for each
                 sent[same] = row, encode_vector(take(row, columns), codec)
-            data = sent[same][1] if plan.download else b""
+            data = changed[k] if k in changed else sent[same][1] if plan.download else b""
             frame = round_start_frame(plan, self.round, self.first_step, federation.settings, data)
             self.ledger.add_frame(plan.client, "down", frame)
-            if plan.download and not codec.lossless:
-                with torch.no_grad():
-                    put(values[k], columns, decode_vector(frame.packets[0], codec).to(values.device))
         if self.shared:
             with torch.no_grad():
                 values[-1] = starts(_at_full_rank(self.plans[0])).to(values.device)
+        self.begun = values.to("cpu", copy=True) if not federation.settings.adapter_uplink.lossless else values[:0]
+
+    def _receive_changes(self, starts: Starts) -> dict[int, bytes]:
+        """Starts that travel as changes: the packet of each client that is sent one. Afterwards it has what it decodes."""
+        chosen = [k for k, plan in enumerate(self.plans) if plan.download and self.adapters[k].down is not None]
+        if not chosen:
+            return {}
+        layout, trained, values = self.federation.layout, self.federation.trained, self.bank.values
+        columns = {k: self.ownership[k].client_columns(layout, trained) for k in chosen}
+        rows = {k: starts(self.plans[k]) for k in chosen}
+        known = {k: self.adapters[k].known for k in chosen}
+        before = {k: take(row, columns[k]) for k, row in known.items() if row is not None}
+        changes = [take(rows[k], columns[k]).cpu() - before[k] for k in chosen]
+        decoded, packets = carry_changes([one for k in chosen if (one := self.adapters[k].down)], changes, [0] * len(chosen))
+        for k, change in zip(chosen, decoded, strict=True):
+            received = before[k] + change
+            row = self.federation.start.clone() if known[k] is None else known[k].clone()  # type: ignore[union-attr]
+            put(row, columns[k], received)
+            self.adapters[k].known = row
+            with torch.no_grad():
+                values[k] = rows[k].to(values.device)
+                put(values[k], columns[k], received.to(values.device))
+        return dict(zip(chosen, packets, strict=True))
+
+    def _send_changes(self, values: Tensor) -> dict[int, bytes]:
+        """Adapters that travel back as changes: the packet of each client that sends one. Afterwards `values` [n p] has what is decoded."""
+        chosen = [k for k, plan in enumerate(self.plans) if plan.upload and self.adapters[k].up is not None]
+        if not chosen:
+            return {}
+        layout, trained = self.federation.layout, self.federation.trained
+        columns = {k: self.ownership[k].upload_columns(layout, trained) for k in chosen}
+        changes = [take(values[k], columns[k]) - take(self.begun[k], columns[k]) for k in chosen]
+        streams = [one for k in chosen if (one := self.adapters[k].up)]
+        decoded, packets = carry_changes(streams, changes, [self.plans[k].segment for k in chosen])
+        for k, change in zip(chosen, decoded, strict=True):
+            put(values[k], columns[k], take(self.begun[k], columns[k]) + change)
+        return dict(zip(chosen, packets, strict=True))
 
     def _send(self, losses: list[list[float]], tokens: list[int], targets: list[int], accumulation: int) -> RoundResult:
         """Every client's adapters after the round; its own blocks' part travels as a message."""
         federation, settings = self.federation, self.federation.settings
         values, squared = self.bank.values.to("cpu"), self.squared.tolist()
-        states = {}
-        for k, plan in enumerate(self.plans):
-            ownership = self.ownership[k]
-            if self.shared:
+        states, facts = {}, {}
+        if self.shared:
+            for k, ownership in enumerate(self.ownership):
                 columns = ownership.server_columns(federation.layout)
                 values[k, columns] = values[-1, columns]
-            own = ownership.upload_columns(federation.layout, federation.trained)
+        changed = self._send_changes(values)
+        for k, plan in enumerate(self.plans):
+            own = self.ownership[k].upload_columns(federation.layout, federation.trained)
             frame = round_end_frame(
                 plan,
                 self.round,
                 targets[k],
                 squared[k],
                 float(self.loss_sums[k]),
-                take(values[k], own),
-                settings.adapter_codec,
+                changed[k] if k in changed else take(values[k], own),
+                settings.adapter_uplink,
             )
             self.ledger.add_frame(plan.client, "up", frame)
             accepted = round_frame(Type.ROUND_ACCEPTED, RoundAccepted(round=self.round, client=plan.client))
             self.ledger.add_frame(plan.client, "down", accepted)
-            if plan.upload and not settings.adapter_codec.lossless:
-                put(values[k], own, decode_vector(encode_vector(take(values[k], own), settings.adapter_codec), settings.adapter_codec))
-            states[plan.client] = next_state(
-                self.before[k], plan.local_steps * accumulation, settings, self.moments, k, is_low(plan, federation.layout)
-            )
+            state = next_state(self.before[k], plan.local_steps * accumulation, settings, self.moments, k, is_low(plan, federation.layout))
+            states[plan.client] = replace(state, streams=self._remembered(k))
+            if found := facts_of(self.streams[k], self.adapters[k]):
+                facts[plan.client] = found
         if self.shared:
             states[SHARED_SERVER] = self.shared_state()
-        return RoundResult(tuple(self.plans), values[: len(self.plans)], tokens, losses, self.ledger, states, targets)
+        return RoundResult(tuple(self.plans), values[: len(self.plans)], tokens, losses, self.ledger, states, targets, facts=facts)
+
+    def _remembered(self, k: int) -> StreamStates | None:
+        """What the ends of a client's streams keep for its next round."""
+        states = states_after(self.federation.settings, self.plans[k], self.streams[k])
+        states = self.adapters[k].remembered(self.federation.settings, with_labels(states, self.labels[k]))
+        return states if states.forms or states.known is not None else None
 
 
 def _at_full_rank(plan: Plan) -> Plan:

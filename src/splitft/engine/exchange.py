@@ -137,6 +137,8 @@ def parse_packet(data: bytes | memoryview) -> Packet:
 def round_start_frame(plan: Plan, round_index: int, first_step: int, settings: TrainSettings, adapters: Tensor | bytes) -> Frame:
     """The message that opens a round for one client, with the adapters [q] of its own blocks to start from, which may be encoded already
     (unless it has them)."""
+    # A default is left out of the message only where it is left out here.
+    dial = {} if plan.dial == (1.0, 1.0) else {"activations_dial": plan.dial[0], "gradients_dial": plan.dial[1]}
     fields = RoundStart(
         round=round_index,
         client=plan.client,
@@ -155,19 +157,22 @@ def round_start_frame(plan: Plan, round_index: int, first_step: int, settings: T
         upload=plan.upload,
         segment=plan.segment,
         segments=plan.segments,
+        **dial,
     )
     packets: tuple[bytes, ...] = ()
     if plan.download:
-        packets = (adapters if isinstance(adapters, bytes) else encode_vector(adapters, settings.adapter_codec),)
+        packets = (adapters if isinstance(adapters, bytes) else encode_vector(adapters, settings.adapter_downlink),)
     return round_frame(Type.ROUND_START, fields, packets)
 
 
 def round_end_frame(
-    plan: Plan, round_index: int, tokens: int, squared_norm: float, loss_sum: float, adapters: Tensor, codec: Codec
+    plan: Plan, round_index: int, tokens: int, squared_norm: float, loss_sum: float, adapters: Tensor | bytes, codec: Codec
 ) -> Frame:
-    """The message that closes a round for one client, with the adapters [q] of its own blocks unless it keeps them."""
+    """The message that closes a round for one client, with the adapters [q] of its own blocks, which may be encoded already (unless it
+    keeps them)."""
     fields = RoundEnd(round=round_index, client=plan.client, tokens=tokens, squared_norm=squared_norm, loss_sum=loss_sum)
-    return round_frame(Type.ROUND_END, fields, (encode_vector(adapters, codec),) if plan.upload else ())
+    packets = (adapters if isinstance(adapters, bytes) else encode_vector(adapters, codec),) if plan.upload else ()
+    return round_frame(Type.ROUND_END, fields, packets)
 
 
 def encode_vector(vector: Tensor, codec: Codec) -> bytes:

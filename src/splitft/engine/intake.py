@@ -6,15 +6,18 @@ The functions here change no state; what they return is applied by the server on
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from splitft.compress.base import State
-from splitft.engine.batches import length_mask, read_labels
+from splitft.compress.base import Samples, State
+from splitft.engine.adapters import AdapterStreams, receive_change
+from splitft.engine.batches import length_mask
 from splitft.engine.exchange import Ownership, decode_vector, packet_of, size_of, spread
-from splitft.engine.settings import Federation
+from splitft.engine.labels import Known, receive_labels
+from splitft.engine.settings import Federation, TrainSettings
+from splitft.engine.streams import samples_of
 from splitft.errors import ProtocolError
 from splitft.messages import Frame, RoundEnd, StepFields
 from splitft.types import IGNORE_LABEL
@@ -45,6 +48,9 @@ class Session:
     finished: bool = False
     squared_norm: float = 0.0
     targets: int = 0
+    labels: Known = field(default_factory=dict)
+    adapters: AdapterStreams = field(default_factory=lambda: AdapterStreams(None, None, None))
+    begun: Tensor | None = None
 
     @property
     def client(self) -> int:
@@ -59,7 +65,8 @@ class Session:
 
 @dataclass
 class Arrival:
-    """One session's tensor in a pass: its message, tokens per sequence, hidden state [b t d] and which positions are tokens."""
+    """One session's tensor in a pass: its message, tokens per sequence, hidden state [b t d] and which positions are tokens; the samples it
+    is of, and the labels that are known after it."""
 
     session: Session
     fields: StepFields
@@ -68,6 +75,8 @@ class Arrival:
     valid: Tensor | None
     labels: Tensor | None
     receiver: State
+    samples: Samples | None
+    known: Known
 
 
 @dataclass(frozen=True)
@@ -87,6 +96,7 @@ class Ending:
     vector: Tensor | None
     squared_norm: float
     targets: int
+    receiver: State = None
 
 
 def step_up(session: Session, frame: Frame, federation: Federation, round_index: int) -> Arrival:
@@ -105,20 +115,16 @@ def step_up(session: Session, frame: Frame, federation: Federation, round_index:
             "a step needs at least one target.",
         )
     _check_norm(session, fields.squared_norm)
-    if len(frame.lengths) != settings.batch_size or not all(frame.lengths):
-        raise ProtocolError(
-            f"client {session.client} sent {len(frame.lengths)} sequences (lengths {frame.lengths[:4]}), due are {settings.batch_size}.",
-            "check train.batch_size.",
-        )
+    sequences, samples = _sequences(session, frame, settings)
     packet = packet_of(frame, 0)
-    total = sum(frame.lengths)
+    total = sum(sequences)
     if packet.shape != (total, federation.split.hidden_size):
         raise ProtocolError(
             f"client {session.client} sent a tensor of shape {packet.shape} for {total} tokens of width {federation.split.hidden_size}.",
             SAME_PLAN,
         )
-    decoded, receiver = session.uplink.codec.decode(packet, session.uplink.receiver)
-    lengths = torch.tensor(frame.lengths)
+    decoded, receiver = session.uplink.codec.decode(packet, session.uplink.receiver, samples)
+    lengths, known = torch.tensor(sequences), session.labels
     width = int(lengths.max())
     mask = length_mask(lengths, width)
     valid = None if mask is None else mask.reshape(-1).bool()
@@ -127,11 +133,25 @@ def step_up(session: Session, frame: Frame, federation: Federation, round_index:
     labels = None
     if not plan.exit_on_client:
         flat = torch.full((len(lengths) * width,), IGNORE_LABEL)
-        flat[slice(None) if valid is None else valid] = read_labels(packet_of(frame, 1), federation.vocabulary, total)
+        read, known = receive_labels(packet_of(frame, 1), federation.vocabulary, total, known, samples)
+        flat[slice(None) if valid is None else valid] = read
         labels = flat.reshape(len(lengths), width)
         if int((labels != IGNORE_LABEL).sum()) != fields.targets:
             raise ProtocolError(f"client {session.client} names {fields.targets} targets, its labels hold another number.", SAME_PLAN)
-    return Arrival(session, fields, lengths, hidden, valid, labels, receiver)
+    return Arrival(session, fields, lengths, hidden, valid, labels, receiver, samples, known)
+
+
+def _sequences(session: Session, frame: Frame, settings: TrainSettings) -> tuple[tuple[int, ...], Samples | None]:
+    """Tokens of each sequence, and their samples where a codec remembers by sample. Raises ProtocolError when numbers are missing."""
+    count = settings.batch_size
+    numbers, due = frame.lengths, 2 * count if settings.keyed else count
+    if len(numbers) != due or not all(numbers[:count]):
+        named = " with their samples" if settings.keyed else ""
+        raise ProtocolError(
+            f"client {session.client} sent {len(numbers) * count // due} sequences{named} (numbers {numbers[:4]}), due are {count}.",
+            "check train.batch_size and the codecs.",
+        )
+    return numbers[:count], samples_of(numbers[count:], numbers[:count]) if settings.keyed else None
 
 
 def gradient_up(session: Session, frame: Frame, arrival: Arrival | None, round_index: int) -> Returned:
@@ -143,7 +163,7 @@ def gradient_up(session: Session, frame: Frame, arrival: Arrival | None, round_i
     total, width = int(arrival.lengths.sum()), arrival.hidden.shape[-1]
     if packet.shape != (total, width):
         raise ProtocolError(f"client {session.client} sent a gradient of shape {packet.shape}, due is {(total, width)}.", SAME_PLAN)
-    decoded, receiver = session.exit_up.codec.decode(packet, session.exit_up.receiver)
+    decoded, receiver = session.exit_up.codec.decode(packet, session.exit_up.receiver, arrival.samples)
     return Returned(session, spread(decoded, arrival.hidden.shape, arrival.valid, arrival.hidden), receiver)
 
 
@@ -162,8 +182,14 @@ def round_end(session: Session, frame: Frame, federation: Federation, round_inde
         raise ProtocolError(f"client {session.client} closed the round with{'' if frame.packets else 'out'} adapters.", SAME_PLAN)
     if not plan.upload:
         return Ending(session, None, end.squared_norm, end.tokens)
-    vector = decode_vector(frame.packets[0], federation.settings.adapter_codec)
     due = size_of(session.ownership.upload_columns(federation.layout, federation.trained))
+    if session.adapters.up is not None:
+        assert session.begun is not None
+        before = session.adapters.up.receiver
+        change = receive_change(session.adapters.up, frame.packets[0], due, plan.segment)
+        after, session.adapters.up.receiver = session.adapters.up.receiver, before
+        return Ending(session, session.begun + change, end.squared_norm, end.tokens, after)
+    vector = decode_vector(frame.packets[0], federation.settings.adapter_uplink)
     if vector.shape != (due,):
         raise ProtocolError(f"client {session.client} sent adapters of shape {tuple(vector.shape)}, due are {due} parameters.", SAME_PLAN)
     return Ending(session, vector, end.squared_norm, end.tokens)

@@ -93,7 +93,7 @@ def merge(rule: Aggregator, before: Tensor, updates: Updates, state: State, spli
 
 def collect(federation: Federation, plan: Plan, row: Tensor, result: RoundResult) -> None:
     """The upload of a client that had kept its adapters [p] to itself: encoded, counted, decoded."""
-    codec = federation.settings.adapter_codec
+    codec = federation.settings.adapter_uplink
     columns = Ownership(plan, federation.split.blocks).upload_columns(federation.layout, federation.trained)
     data = encode_vector(take(row, columns), codec)
     result.ledger.add(plan.client, "up", "adapters", len(data))

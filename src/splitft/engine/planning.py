@@ -12,7 +12,9 @@ from torch import Tensor
 from splitft.adapt.oscillation import oscillates
 from splitft.adapt.schedule import step_seconds
 from splitft.compress.base import HEADER_BYTES
+from splitft.engine.adapters import adapter_packet_bytes
 from splitft.engine.attendance import Traffic, accept, draw_participants
+from splitft.engine.dial import dial_of
 from splitft.engine.exchange import Ownership
 from splitft.engine.ledger import Ledger
 from splitft.engine.merging import fold_bytes
@@ -46,14 +48,14 @@ def prepare(run: Run, index: int, busy: frozenset[int] = frozenset()) -> Prepare
     drawn = draw_participants(len(run.federation.clients), rules.attendance, index, run.devices)
     participants = [client for client in drawn if client not in busy]
     cuts, policy_state = run.policy.plan(index, participants, [Observation(**one) for one in state.observations], state.policy)
-    plans, refused = [], {}
+    plans, refused, dial = [], {}, dial_of(run)
     for client in participants:
         wanted = Plan(client, cuts[client], rules.local_steps, rules.rank, rules.exit_on_client, rules.tail_blocks)
         plan = accept(wanted, run.costs[client], run.devices[client].profile)
         if plan.cut != wanted.cut:
             refused[client] = wanted.cut
             policy_state = with_cut(policy_state, client, plan.cut)
-        plans.append(with_exchange(run, plan, index))
+        plans.append(with_exchange(run, replace(plan, dial=dial), index))
     steps = run.work.steps({plan.client: step_s(run, plan) for plan in plans}, rules.local_steps)
     plans = [replace(plan, local_steps=steps[plan.client]) for plan in plans]
     rank_state: Mapping[str, Any] = state.ranks
@@ -125,8 +127,8 @@ def _add_traffic(run: Run, plan: Plan, prepared: Prepared) -> None:
     prepared.moments[plan.client] = (down_moments, up_moments)
     prepared.traffic[plan.client] = Traffic(
         fetch_bytes=fetched_bytes + down_moments,
-        download_bytes=HEADER_BYTES + 4 * down if plan.download else 0,
-        upload_bytes=HEADER_BYTES + 4 * up if plan.upload else 0,
+        download_bytes=adapter_packet_bytes(federation.settings, down, up=False) if plan.download else 0,
+        upload_bytes=adapter_packet_bytes(federation.settings, up, up=True) if plan.upload else 0,
         report_bytes=run.synchronisation.report_bytes + up_moments,
         decided_later_bytes=HEADER_BYTES + 4 * up if later else 0,
     )

@@ -19,11 +19,13 @@ from torch import Tensor
 from splitft.aggregate.base import weighted_sum
 from splitft.data.base import ClientData
 from splitft.data.order import BatchOrder
+from splitft.engine.adapters import Facts
 from splitft.engine.closing import restore_weights
 from splitft.engine.cohort import CohortExecutor
 from splitft.engine.ledger import Counts, Ledger
 from splitft.engine.ray_weights import Stored, Weights, place
 from splitft.engine.settings import ClientState, Federation, RoundResult, TrainSettings
+from splitft.engine.streams import flattened, unflattened
 from splitft.lora import Layout
 from splitft.split import SplitModel
 from splitft.types import Plan, RoundPlan
@@ -91,13 +93,14 @@ class Done:
     step_losses: list[list[float]]
     bytes: dict[int, Counts]
     states: dict[int, State]
+    facts: dict[int, Facts]
 
     def result(self, values: Tensor) -> RoundResult:
         """As the in-process engine has it, with these adapters."""
         ledger = Ledger()
         ledger.clients = self.bytes
         states = {client: unpacked(state) for client, state in self.states.items()}
-        return RoundResult(self.plans, values, self.tokens, self.step_losses, ledger, states, self.targets)
+        return RoundResult(self.plans, values, self.tokens, self.step_losses, ledger, states, self.targets, facts=self.facts)
 
 
 @dataclass(frozen=True)
@@ -110,13 +113,29 @@ class Folded:
 
 def packed(state: ClientState) -> State:
     """A client's state with arrays for tensors, which travel without another copy."""
-    return {name: value.numpy() if isinstance(value, Tensor) else value for name, value in vars(state).items()}
+    fields = {name: value.numpy() if isinstance(value, Tensor) else value for name, value in vars(state).items()}
+    if state.streams is not None:
+        fields["streams"] = dict(state.streams.forms), {name: array_of(value) for name, value in flattened(state.streams).items()}
+    return fields
 
 
 def unpacked(state: State) -> ClientState:
     """A client's state; the arrays are copied, since they may lie in memory that is not to be written to."""
     fields: dict[str, Any] = {name: torch.tensor(value) if isinstance(value, np.ndarray) else value for name, value in state.items()}
+    if fields.get("streams") is not None:
+        forms, arrays = fields["streams"]
+        fields["streams"] = unflattened(forms, {name: tensor_of(*array) for name, array in arrays.items()})
     return ClientState(**fields)
+
+
+def array_of(tensor: Tensor) -> tuple[npt.NDArray[np.uint8], str, tuple[int, ...]]:
+    """A tensor of any type as bytes, its type and its shape: NumPy has no bfloat16."""
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy(), str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)
+
+
+def tensor_of(data: npt.NDArray[np.uint8], dtype: str, shape: tuple[int, ...]) -> Tensor:
+    """The inverse of `array_of`, in memory of its own."""
+    return torch.tensor(data).view(getattr(torch, dtype)).reshape(shape)
 
 
 class CohortWorker:
@@ -161,7 +180,7 @@ class CohortWorker:
         plan = RoundPlan(task.round, task.plans)
         result = self.executor.train_cohort(task.plans, plan, task.first_step, lambda one: row_of[one.client], states, lambda count: None)
         after = {client: packed(state) for client, state in result.states.items()}
-        done = Done(result.plans, result.tokens, result.targets, result.step_losses, result.ledger.clients, after)
+        done = Done(result.plans, result.tokens, result.targets, result.step_losses, result.ledger.clients, after, result.facts)
         return done, result.values.numpy()
 
     def weigh(self, values: Floats, rows: Sequence[int], weights: Sequence[float], before: Doubles | None) -> tuple[None, Doubles]:

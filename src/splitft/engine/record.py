@@ -67,6 +67,8 @@ def client_record(trained: Trained, row: int, timed: ClientTiming) -> dict[str, 
     }
     if plan.client in trained.prepared.refused:
         record["refused_cut"] = trained.prepared.refused[plan.client]
+    if plan.client in result.facts:
+        record["codec"] = result.facts[plan.client]
     if plan.ranks:
         record["ranks"] = list(plan.ranks)
         record["truncated"] = trained.truncated.get(plan.client, 0.0)

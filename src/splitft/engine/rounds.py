@@ -20,10 +20,11 @@ from splitft.adapt.cost import CostModel
 from splitft.adapt.fleets import Device
 from splitft.aggregate.base import Aggregator
 from splitft.clock import monotonic_s
+from splitft.control.base import Controller
 from splitft.data.base import TokenRows
 from splitft.engine import checkpoint
 from splitft.engine.asynchronous import asynchronous_round
-from splitft.engine.attendance import Attendance, attend
+from splitft.engine.attendance import Attendance, attend, retimed
 from splitft.engine.closing import close_round, restore_weights
 from splitft.engine.evaluate import evaluate, evaluate_own
 from splitft.engine.journal import Journal
@@ -58,6 +59,7 @@ class Rules:
     evaluate_every: int
     evaluate_batch: int
     evaluate_rows: int
+    probe_rows: int
     keep_checkpoints: int
     seed: int
 
@@ -76,6 +78,7 @@ class Run:
     work: WorkPolicy
     aggregator: Aggregator
     synchronisation: Synchronisation
+    controller: Controller
     costs: tuple[CostModel, ...]
     devices: tuple[Device, ...]
     common_held_out: TokenRows
@@ -160,6 +163,10 @@ def synchronous_round(run: Run, index: int) -> Trained:
     run.on_stage("train")
     plan = RoundPlan(index, attended.plans, attended.turns, attended.lost)
     result = run.executor.train(plan, (index - 1) * rules.local_steps, starting, {**state.clients, **prepared.clients}, run.on_step)
+    if settings.variable_rate:
+        counted = {one.client: result.ledger.of(one.client) for one in attended.plans}
+        micro = settings.gradient_accumulation
+        attended = retimed(attended, counted, index, run.devices, run.costs, prepared.traffic, rules.attendance, micro, state.virtual_s)
     count_moves(prepared, result.ledger)
     return Trained(prepared, attended, result, starting.truncated)
 

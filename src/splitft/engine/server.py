@@ -13,10 +13,13 @@ import torch
 from torch import Tensor
 
 from splitft.engine import intake
+from splitft.engine.adapters import AdapterStreams, Facts, carry_changes, facts_of
 from splitft.engine.batches import length_mask
-from splitft.engine.exchange import Ownership, packet_bytes, put
+from splitft.engine.exchange import Ownership, packet_bytes, put, round_start_frame, take
 from splitft.engine.intake import Arrival, Ending, Returned, Session
+from splitft.engine.labels import known_labels, with_labels
 from splitft.engine.settings import ClientState, Federation, Starts, load_moments
+from splitft.engine.streams import StreamStates, open_step_streams, states_after
 from splitft.errors import ProtocolError
 from splitft.lora import AdapterBank, wide
 from splitft.loss import Targets, training_loss
@@ -24,7 +27,6 @@ from splitft.messages import Frame, RoundAccepted, Type, decode, round_frame, st
 from splitft.optimizer import clip_factor
 from splitft.split import Route
 from splitft.types import IGNORE_LABEL, RoundPlan
-from splitft.wire import open_streams
 
 
 @dataclass
@@ -64,11 +66,46 @@ class Server:
             one.client: Session(
                 Ownership(one, federation.split.blocks),
                 row,
-                *open_streams(settings.uplink, settings.downlink, settings.seed, one.client, plan.round),
+                *open_step_streams(settings, one, plan.round, state.streams),
+                labels=known_labels(state.streams, receiver=True),
+                adapters=AdapterStreams.open(settings, one, plan.round, state.streams, federation.start),
             )
-            for row, one in enumerate(plan.plans)
+            for row, (one, state) in enumerate(zip(plan.plans, before, strict=True))
         }
+        self.first_rows = {one.client: starts(one) for one in plan.plans}
         self.open: list[OpenPass] = []
+
+    def opening(self, client: int) -> Frame:
+        """The message that opens the round for a client; to be asked for once."""
+        session, row, federation = self.sessions[client], self.first_rows.pop(client), self.federation
+        plan, adapters = session.ownership.plan, session.adapters
+        columns = session.ownership.client_columns(federation.layout, federation.trained)
+        data: Tensor | bytes = take(row, columns)
+        if plan.download and adapters.down is not None and adapters.known is not None:
+            before = take(adapters.known, columns)
+            # The server follows the client's end too: what it has is what it decodes.
+            [change], [data] = carry_changes([adapters.down], [take(row, columns).cpu() - before], [0])
+            adapters.known = adapters.known.clone()
+            put(adapters.known, columns, before + change)
+            with torch.no_grad():
+                put(self.bank.values[session.row], columns, (before + change).to(federation.device))
+        if adapters.up is not None:
+            session.begun = take(
+                self.bank.values[session.row].cpu(), session.ownership.upload_columns(federation.layout, federation.trained)
+            )
+        return round_start_frame(plan, self.plan.round, self.first_step, federation.settings, data)
+
+    def remembered(self, client: int) -> StreamStates:
+        """What this end of a client's streams keeps for its next round."""
+        session, settings = self.sessions[client], self.federation.settings
+        streams = session.uplink, session.downlink, session.exit_down, session.exit_up
+        states = with_labels(states_after(settings, session.ownership.plan, streams), session.labels)
+        return session.adapters.remembered(settings, states)
+
+    def facts(self, client: int) -> Facts:
+        """What the codecs that send from this end say of the round."""
+        session = self.sessions[client]
+        return facts_of((session.uplink, session.downlink, session.exit_down, session.exit_up), session.adapters)
 
     def handle(self, messages: Sequence[tuple[int, bytes]]) -> list[tuple[int, bytes]]:
         """Answer the (client, message) pairs that are waiting, in client order.
@@ -117,6 +154,7 @@ class Server:
         """Apply an arrival: the step it closes, its codec's state."""
         session = arrival.session
         session.uplink.receiver = arrival.receiver
+        session.labels = arrival.known
         if arrival.fields.micro == 0:
             self._close_step(session, arrival.fields.squared_norm)
             self.bank.gradients[session.row].zero_()
@@ -164,7 +202,7 @@ class Server:
         replies = []
         for arrival, part in zip(group, torch.split(final.detach(), [arrival.lengths.shape[0] for arrival in group]), strict=True):
             session = arrival.session
-            packet = session.exit_down.send(_tokens(part, arrival))
+            packet = session.exit_down.send(_tokens(part, arrival), arrival.samples)
             replies.append((session.client, step_frame(Type.HIDDEN_DOWN, arrival.fields, (), (packet_bytes(packet),)).encode()))
         return replies
 
@@ -189,7 +227,7 @@ class Server:
         for arrival, leaf, loss_sum in zip(group, leaves, sums.tolist(), strict=True):
             session = arrival.session
             assert leaf.grad is not None
-            packet = session.downlink.send(_tokens(leaf.grad, arrival))
+            packet = session.downlink.send(_tokens(leaf.grad, arrival), arrival.samples)
             columns = session.ownership.server_columns(self.federation.layout)
             session.squared_norm = float(self.bank.gradients[session.row, columns].square().sum(dtype=wide(self.bank.gradients.device)))
             session.due = True
@@ -221,6 +259,8 @@ class Server:
             columns = session.ownership.upload_columns(self.federation.layout, self.federation.trained)
             with torch.no_grad():
                 put(self.bank.values[session.row], columns, ending.vector.to(self.federation.device))
+            if session.adapters.up is not None:
+                session.adapters.up.receiver = ending.receiver
         session.targets = ending.targets
         session.finished = True
         accepted = RoundAccepted(round=self.plan.round, client=session.client)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from splitft.data.base import ClientData
 from splitft.data.order import BatchOrder
 from splitft.engine.ledger import Ledger
 from splitft.engine.shelf import Shelf
+from splitft.engine.streams import StreamStates
 from splitft.lora import Layout
 from splitft.optimizer import AdamW, Moments, Schedule
 from splitft.split import SplitModel
@@ -35,7 +37,8 @@ class TrainSettings:
 
     `server`: whose adapters the server's blocks have: one set per client ("per_client", and "unaveraged", where the clients' own parts
     are never averaged), or one set for all, stepped with all batches together ("shared"), after every single batch, clients in turn
-    ("alternating"), or client after client ("sequential").
+    ("alternating"), or client after client ("sequential"). At a U-shape's exit activations take the uplink's codec and gradients the
+    downlink's unless others are given.
     """
 
     batch_size: int
@@ -46,10 +49,36 @@ class TrainSettings:
     keep_moments: bool
     uplink: Codec
     downlink: Codec
-    adapter_codec: Codec
+    adapter_uplink: Codec
+    adapter_downlink: Codec
     seed: int
     server: str = "per_client"
     round_steps: int = 0
+    exit_downlink: Codec | None = None
+    exit_uplink: Codec | None = None
+
+    @cached_property
+    def codecs(self) -> tuple[Codec, Codec, Codec, Codec]:
+        """Of the four tensors of a step, in the order of `wire.PLACES`."""
+        return self.uplink, self.downlink, self.exit_downlink or self.uplink, self.exit_uplink or self.downlink
+
+    @property
+    def variable_rate(self) -> bool:
+        """Whether what a tensor takes on the wire is only known when it has been sent."""
+        return any(not codec.fixed_rate for codec in (*self.codecs, self.adapter_uplink, self.adapter_downlink))
+
+    @property
+    def keyed(self) -> bool:
+        """Whether one of them remembers by sample: then a step names its samples."""
+        return any(codec.hears_samples for codec in self.codecs)
+
+    def codecs_at(self, dial: tuple[float, float]) -> tuple[Codec, Codec, Codec, Codec]:
+        """The four codecs with errors so many times as large, of activations and of gradients."""
+        up, down, exit_down, exit_up = self.codecs
+        if dial == (1.0, 1.0):
+            return self.codecs
+        activations, gradients = dial
+        return up.scaled(activations), down.scaled(gradients), exit_down.scaled(activations), exit_up.scaled(gradients)
 
     def rate(self, first_step: int, step: int, local_steps: int) -> float:
         """Learning rate of a client's step in a round that begins at `first_step` of the schedule. Who takes more steps than a round has
@@ -67,7 +96,8 @@ class TrainSettings:
 @dataclass
 class ClientState:
     """What outlives a round for one client: batches drawn so far, its moments [p] if they are kept, its adapters [p] if they are its
-    own for longer than a round, the number of first blocks it has had, the round up to which it knows the frozen weights, its last cut."""
+    own for longer than a round, the number of first blocks it has had, the round up to which it knows the frozen weights, its last cut,
+    what the ends of its streams remember."""
 
     batches: int = 0
     steps: int = 0
@@ -77,6 +107,7 @@ class ClientState:
     deepest: int = 0
     folded: int = 0
     cut: int = 0
+    streams: StreamStates | None = None
 
 
 # The state of the adapters that all clients share on the server, kept beside the clients'.
@@ -109,6 +140,7 @@ class RoundResult:
 
     `tokens` [n] went through the model; `targets` [n] were trained on (prompts and padding are not) and weigh the average. Where
     `kept` is given the adapters lie elsewhere and `values` is [0 p]. `notices`: what went wrong and was mended, for the journal.
+    `facts`: what codecs say of each client's streams, by place.
     """
 
     plans: tuple[Plan, ...]
@@ -120,6 +152,7 @@ class RoundResult:
     targets: list[int] = field(default_factory=list)
     kept: Rows | None = None
     notices: list[str] = field(default_factory=list)
+    facts: dict[int, dict[str, dict[str, float]]] = field(default_factory=dict)
 
 
 def load_moments(

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
+from splitft.engine.adapters import facts_together
 from splitft.engine.client import Client
-from splitft.engine.exchange import Ownership, put, round_start_frame, take
+from splitft.engine.exchange import Ownership, put, take
 from splitft.engine.ledger import Ledger
 from splitft.engine.server import Server
 from splitft.engine.settings import ClientState, Federation, OnStep, RoundResult, Starts
+from splitft.engine.streams import StreamStates, joined
 from splitft.messages import Type, decode
 from splitft.transport.base import Talk, Transport
 from splitft.types import Direction, RoundPlan
@@ -30,8 +34,7 @@ class WorkersExecutor:
         clients = {one.client: Client(federation, one.client, states.get(one.client, ClientState())) for one in plan.plans}
         talks: dict[int, Talk] = {}
         for one in plan.plans:
-            columns = Ownership(one, federation.split.blocks).client_columns(federation.layout, federation.trained)
-            opening = round_start_frame(one, plan.round, first_step, federation.settings, take(starts(one), columns))
+            opening = server.opening(one.client)
             ledger.add_frame(one.client, "down", opening)
             talks[one.client] = clients[one.client].round(opening.encode())
 
@@ -57,6 +60,13 @@ class WorkersExecutor:
                     continue
                 state.first[columns] = server.moments.first[session.row, columns].cpu()
                 state.second[columns] = server.moments.second[session.row, columns].cpu()
+        facts = {}
+        for client in order:
+            theirs, ours = states[client].streams, server.remembered(client)
+            both = joined(theirs or StreamStates(), ours)
+            states[client] = replace(states[client], streams=both if both.forms or both.known is not None else None)
+            if found := facts_together(clients[client].facts(), server.facts(client)):
+                facts[client] = found
         values = torch.stack([server.bank.values[server.sessions[client].row].cpu() for client in order])
         for row, one in enumerate(plan.plans):
             if not one.upload:
@@ -71,4 +81,5 @@ class WorkersExecutor:
             ledger=ledger,
             states=states,
             targets=[server.sessions[client].targets for client in order],
+            facts=facts,
         )
