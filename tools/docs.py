@@ -9,6 +9,8 @@ A new page is one function and one line in PAGES.
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import re
 import sys
 import typing
 from collections.abc import Callable, Collection, Iterator
@@ -22,7 +24,8 @@ from pydantic.fields import FieldInfo
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "src"))
 
-from splitft.config import Component, RunConfig  # noqa: E402 - the source tree counts, installed or not
+from splitft import catalog  # noqa: E402 - the source tree counts, installed or not
+from splitft.config import Component, RunConfig  # noqa: E402
 from splitft.toml import format_value  # noqa: E402
 
 PLAIN_NAMES = {int: "whole number", float: "number", str: "text", bool: "true or false"}
@@ -47,6 +50,8 @@ splitft run experiment.toml train.learning_rate=2e-4 policy.cuts=[2,3,4]
 
 Tables marked *component* name a method and carry that method's own fields. `policy = "fixed"` is short for a table with only a name;
 a table without a name means the default method. An override that names another method drops the fields of the one it replaces.
+Below, each method stands with its fields and their defaults; fields of a method inside another one are written as a table in turn:
+`uplink = {name = "entropy", inner = {name = "cast", dtype = "float16"}}`. [methods.md](methods.md) explains them.
 """
 
 
@@ -58,10 +63,57 @@ def configuration_page() -> str:
         section = _section(field)
         if section is Component:
             default = format_value(RunConfig().model_dump(mode="json")[name])
-            parts += [f"## `[{name}]` (component)\n", f"{field.description} Default: `{name} = {default}`\n"]
+            parts += [f"## `[{name}]` (component)\n", f"{field.description} Default: `{name} = {default}`\n", _methods(name)]
         elif section is not None:
             parts += [f"## `[{name}]`\n", f"{(section.__doc__ or '').splitlines()[0]}\n", _table(section)]
     return "\n".join(parts).rstrip("\n") + "\n"
+
+
+def _methods(seam: str) -> str:
+    """A row for each method of a seam; a table that another section has already is only named."""
+    table = catalog.CATALOG[seam]
+    earlier = next(name for name, other in catalog.CATALOG.items() if {**table, **other} == table)
+    if earlier != seam:
+        own = [f"`{name}`" for name in table if name not in catalog.CATALOG[earlier]]
+        return f"Methods: those of [`[{earlier}]`](#{earlier}-component){', and ' + ', '.join(own) if own else ''}.\n"
+    rows = ["| method | fields and defaults | what it does |", "|---|---|---|"]
+    for name, kind in table.items():
+        fields = ", ".join(_component_field(seam, kind, field) for field in dataclasses.fields(kind))
+        rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in (f"`{name}`", fields, _first_sentence(kind))) + " |")
+    return "\n".join(rows) + "\n"
+
+
+def _component_field(seam: str, kind: type[Any], field: dataclasses.Field[Any]) -> str:
+    """A field with its default, and the other values where they are a choice of few."""
+    if field.default is not dataclasses.MISSING:
+        value = field.default
+    elif field.default_factory is not dataclasses.MISSING:
+        value = _as_table(seam, field.default_factory())
+    else:
+        return f"`{field.name}` (needed)"
+    hint = typing.get_type_hints(kind)[field.name]
+    others = (
+        [format_value(choice) for choice in typing.get_args(hint) if choice != value] if typing.get_origin(hint) is typing.Literal else []
+    )
+    return f"`{field.name} = {format_value(value)}`" + (f" (or {', '.join(f'`{other}`' for other in others)})" if others else "")
+
+
+def _as_table(seam: str, component: Any) -> Any:
+    """A component as it would be written in a file: its name, and the fields that are not as usual."""
+    name = next(name for name, kind in catalog.CATALOG[seam].items() if kind is type(component))
+    usual = type(component)()
+    changed = {
+        field.name: _as_table(seam, value) if dataclasses.is_dataclass(value) else value
+        for field in dataclasses.fields(component)
+        if (value := getattr(component, field.name)) != getattr(usual, field.name)
+    }
+    return {"name": name, **changed} if changed else name
+
+
+def _first_sentence(kind: type) -> str:
+    paragraph = " ".join((kind.__doc__ or "").split("\n\n")[0].split())
+    found = re.match(r".*?(?<!et al)[.:](?=\s|$)", paragraph)
+    return (found.group()[:-1] if found else paragraph) + "."
 
 
 def _section(field: FieldInfo) -> type[BaseModel] | None:

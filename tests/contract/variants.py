@@ -16,7 +16,34 @@ CODEC_FIELDS: dict[str, list[dict[str, Any]]] = {
         {"bits": 4, "per": "block", "block": 5, "outliers": 0.03},
         {"bits": 2, "per": "channel", "rounding": "stochastic"},
     ],
+    "error_bounded": [
+        {"of": "range", "per": "token", "bound": 0.01},
+        {"of": "absolute", "bound": 0.5, "rounding": "stochastic"},
+        {"per": "channel", "dead_zone": 0.7, "bound": 1.0},
+    ],
+    "topk": [{"share": 0.3, "random": 0.4}, {"share": 1.0}],
+    "randk": [{"share": 0.4, "unbiased": False}],
+    "residual": [{"cache_mb": 0.0003, "evict": "oldest"}, {"inner": "cast", "cache_dtype": "float32", "cache_mb": 0.0003, "spill": True}],
+    "temporal": [
+        {"cache_mb": 0.0003, "evict": "oldest", "dimensions": 3},
+        {"threshold": 0.5, "cache_dtype": "float16", "cache_mb": 0.0002},
+    ],
+    "lowrank": [{"rank": 2, "bits": 8, "cache_mb": 0.0003, "evict": "oldest"}, {"energy": 0.9, "cache_dtype": "float16"}],
+    "projection": [{"basis": "random"}, {"dimensions": 3, "inner": "cast"}],
+    "feedback": [{"decay": 0.5, "cache_mb": 0.0003, "cache_dtype": "bfloat16"}],
+    "entropy": [{"level": 3, "item_bytes": 3}],
 }
+# Codecs over codecs, up to four deep, beside those that the tables give by themselves (see `_composed`).
+CODEC_TOWERS: list[tuple[str, dict[str, Any]]] = [
+    ("projection", {"inner": {"name": "residual", "inner": {"name": "error_bounded", "bound": 0.2, "of": "absolute"}}}),
+    ("temporal", {"inner": {"name": "entropy", "inner": "cast"}}),
+    ("temporal", {"inner": {"name": "lowrank", "rank": 2, "bits": 8, "cache_mb": 0.0002}, "cache_mb": 0.0003}),
+    ("feedback", {"inner": {"name": "topk", "share": 0.3, "inner": {"name": "quantize", "bits": 4}}}),
+    ("topk", {"share": 0.3, "inner": {"name": "entropy", "inner": "cast"}}),
+    ("lowrank", {"rank": 3, "inner": {"name": "entropy", "inner": {"name": "quantize", "rounding": "stochastic"}}}),
+    ("entropy", {"inner": {"name": "temporal", "inner": {"name": "residual", "inner": "quantize"}}}),
+    ("feedback", {"inner": {"name": "residual", "inner": {"name": "topk", "share": 0.5, "inner": {"name": "entropy"}}}}),
+]
 POLICY_FIELDS: dict[str, list[dict[str, Any]]] = {
     "fixed": [{"cuts": [2]}, {"cuts": [1, 6, 3, 2, 5]}],
     "resource": [{"prefer": "shallowest", "slack": 0.5, "tolerance": 0.0}],
@@ -71,7 +98,7 @@ class Variant:
         self.seam, self.name, self.fields = seam, name, fields
 
     def __repr__(self) -> str:
-        return self.name + "".join(f"-{value}" for value in self.fields.values()).replace(" ", "")
+        return self.name + "".join(f"-{_plain(value)}" for value in self.fields.values()).replace(" ", "")
 
     def build(self) -> Any:
         from splitft.catalog import build
@@ -79,11 +106,29 @@ class Variant:
         return build(self.seam, self.name, self.fields)
 
 
+def _plain(value: Any) -> str:
+    """A field's value, a component in it as its variant."""
+    if not isinstance(value, dict) or "name" not in value:
+        return str(value)
+    return f"({Variant('', value['name'], {key: one for key, one in value.items() if key != 'name'})!r})"
+
+
+def _composed() -> list[Variant]:
+    """Every codec inside each wrapper of the catalogue that takes it and is named here; a new codec is among them by its name alone."""
+    found = [Variant("uplink", name, fields) for name, fields in CODEC_TOWERS]
+    for inner in CODECS:
+        mirrored = Variant("uplink", inner, {}).build().mirrored
+        outers = ("entropy", "residual", "feedback", "lowrank") if mirrored else ("entropy",)
+        found += [Variant("uplink", outer, {"inner": inner}) for outer in outers]
+    return found
+
+
 def _variants(seam: str, table: Any, fields: dict[str, list[dict[str, Any]]]) -> list[Variant]:
     return [Variant(seam, name, chosen) for name in table for chosen in ({}, *fields.get(name, []))]
 
 
 CODEC_VARIANTS = _variants("uplink", CODECS, CODEC_FIELDS)
+ALL_CODEC_VARIANTS = CODEC_VARIANTS + _composed()
 POLICY_VARIANTS = _variants("policy", POLICIES, POLICY_FIELDS)
 AGGREGATOR_VARIANTS = _variants("aggregator", AGGREGATORS, AGGREGATOR_FIELDS)
 SYNCHRONISATION_VARIANTS = _variants("synchronisation", SYNCHRONISATIONS, SYNCHRONISATION_FIELDS)

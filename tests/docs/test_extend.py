@@ -58,8 +58,8 @@ def entered(modules: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_one_file_and_one_line_for_every_table_of_the_catalogue() -> None:
     tables = {table for table, _, _ in ENTRIES}
-    assert tables == {name for name, table in vars(catalog).items() if name.isupper() and isinstance(table, dict)} - {"CATALOG"}
-    assert len(ENTRIES) == len(FILES) == len(tables) + 1, "one of each, and an aggregator over another"
+    assert tables == {name for name, table in vars(catalog).items() if name.isupper() and isinstance(table, dict)} - {"CATALOG", "INNER"}
+    assert len(ENTRIES) == len(FILES) == len(tables) + 2, "one of each, and an aggregator and a codec over another"
     assert all(not (ROOT / "src" / f"{path}.py").exists() for path in FILES), "an example has become part of the package: choose another"
 
 
@@ -150,6 +150,43 @@ def test_the_codec_keeps_its_word(modules: dict[str, ModuleType]) -> None:
     decoded, _ = codec.decode(packet, codec.init())
     assert packet.size_bytes == codec.packet_bytes(tensor.shape, tensor.dtype)
     assert ((decoded - tensor).abs() <= tensor.abs().amax(-1, keepdim=True) / 253).all()
+
+
+def test_the_codec_over_another_follows_its_own_bytes(modules: dict[str, ModuleType]) -> None:
+    codec = modules["splitft.compress.offset"].Offset(modules["splitft.compress.int8"].Int8())
+    assert codec.number not in {one.number for one in catalog.CODECS.values()}
+    generator = torch.Generator().manual_seed(0)
+    sender = receiver = codec.init()
+    for size in (5, 1, 9):
+        tensor = 100.0 + torch.randn(size, 33, generator=generator)
+        packet, after = codec.encode(tensor, sender)
+        decoded, receiver = codec.decode(packet, receiver)
+        assert packet.size_bytes == codec.packet_bytes(tensor.shape, tensor.dtype)
+        largest = (tensor - (0.0 if sender.own is None else sender.own)).abs().amax(-1, keepdim=True)
+        assert ((decoded - tensor).abs() <= largest / 250).all(), "an eighth bit of what is left, once a row is known"
+        assert torch.equal(after.own, receiver.own)
+        assert torch.equal(codec.restore(codec.flatten(after)).own, after.own)
+        sender = after
+    with pytest.raises(ConfigError, match="offset"):
+        type(codec)(catalog.CODECS["temporal"]())
+
+
+@pytest.mark.usefixtures("entered")
+def test_a_codec_over_another_and_a_controller_in_one_run(tmp_path: Path) -> None:
+    config = tiny_config(
+        tmp_path,
+        rounds=4,
+        uplink={"name": "offset", "inner": "error_bounded"},
+        controller={"name": "opening", "factor": 2.0, "most": 4.0},
+    )
+    run = FederatedRun(config)
+    try:
+        rounds = [record.training for record in run.rounds() if record.training is not None]
+    finally:
+        run.close()
+    assert [event["dial"]["activations"] for event in rounds] == [1.0, 2.0, 4.0, 4.0]
+    sent = [sum(client["bytes"]["up"]["activations"] for client in event["clients"]) for event in rounds]
+    assert sent[0] > sent[1] > sent[2], "coarser steps need fewer bytes"
 
 
 @pytest.mark.parametrize("u_shape", [False, True])

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
+from splitft import catalog
 from splitft.config import RunConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -44,6 +46,26 @@ def test_every_field_is_on_the_page(generator: ModuleType) -> None:
                 assert inner_field.description is None or inner_field.description in rows
         else:
             assert f"| `{name}` | " in page
+
+
+def test_every_method_is_on_the_page_with_its_fields_and_defaults(generator: ModuleType) -> None:
+    page = generator.configuration_page()
+    for seam, table in catalog.CATALOG.items():
+        if seam not in RunConfig.model_fields:
+            continue
+        rows = page.split(f"## `[{seam}]`")[1].split("\n## ")[0]
+        for name, kind in table.items():
+            if f"| `{name}` | " not in rows:
+                assert "Methods: those of [`[uplink]`](#uplink-component)" in rows, (seam, name)
+                assert name in catalog.CODECS or f"`{name}`" in rows
+                continue
+            row = rows.split(f"| `{name}` | ")[1].splitlines()[0]
+            for field in dataclasses.fields(kind):
+                needed = field.default is field.default_factory is dataclasses.MISSING
+                assert (f"`{field.name}` (needed)" if needed else f"`{field.name} = ") in row, (seam, name, field.name)
+            assert not row.endswith("| . |"), f"{seam} {name} has no docstring"
+    assert '`inner = {name = "error_bounded", of = "absolute"}`' in page
+    assert '`evict = "new"` (or `"oldest"`)' in page
 
 
 def test_limits_are_in_words(generator: ModuleType) -> None:

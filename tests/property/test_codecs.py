@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import resource
 
 import pytest
@@ -10,11 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from splitft.compress.base import DTYPES, HEADER, HEADER_BYTES, VERSION, Codec, Packet
+from splitft.compress.base import DTYPES, HEADER, HEADER_BYTES, VERSION, Codec, Packet, Samples, as_rows
 from splitft.compress.quantize import Quantize
 from splitft.errors import CodecError
 from splitft.rng import torch_stream
 
+from ..contract.codec_scenes import encode, samples_for
 from ..contract.variants import CODEC_VARIANTS, Variant
 
 CODECS: list[Codec] = [variant.build() for variant in CODEC_VARIANTS]
@@ -40,32 +40,35 @@ def near_packets(draw: st.DrawFn) -> bytes:
     return HEADER.pack(version, codec, dtype, axes, 0, *shape, length) + payload
 
 
-def encode(codec: Codec, tensor: torch.Tensor) -> Packet:
-    return codec.encode(tensor, codec.init(), torch_stream(3, "property") if codec.draws else None)[0]
-
-
 def decode_hostile(codec: Codec, data: bytes) -> None:
     try:
         packet, rest = Packet.parse(memoryview(data))
-        tensor, _ = codec.decode(packet, codec.init())
+        tensor, _ = codec.decode(packet, codec.init(), told(packet))
     except CodecError:
         return
     assert tensor.shape == packet.shape
-    # float64 from bfloat16 is the most a cast can grow, float64 from two bits the most of quantised values.
-    assert tensor.numel() * tensor.itemsize <= (32 if isinstance(codec, Quantize) else 4) * len(packet.payload)
+    if codec.fixed_rate:
+        # float64 from bfloat16 is the most a cast can grow, float64 from two bits the most of quantised values.
+        assert tensor.numel() * tensor.itemsize <= (32 if isinstance(codec, Quantize) else 4) * len(packet.payload)
     assert len(rest) + packet.size_bytes == len(data)
     assert not tensor.is_floating_point() or packet.dtype != torch.float32 or bool(torch.isfinite(tensor).all())
 
 
+def told(packet: Packet) -> Samples:
+    """The samples that a packet's rows are, of however many it says it has: one, where they are too many to name."""
+    count = as_rows(packet.shape)[0]
+    return samples_for(count) if count < 1000 else Samples((1,), (count,))
+
+
 @pytest.mark.parametrize("codec", CODECS, ids=[repr(variant) for variant in CODEC_VARIANTS])
-@settings(max_examples=300)
+@settings(max_examples=80)
 @given(data=st.one_of(st.binary(max_size=120), near_packets()))
 def test_hostile_bytes_never_raise_anything_but_codec_errors(codec: Codec, data: bytes) -> None:
     decode_hostile(codec, data)
 
 
 @pytest.mark.parametrize("codec", CODECS, ids=[repr(variant) for variant in CODEC_VARIANTS])
-@settings(max_examples=300)
+@settings(max_examples=80)
 @given(data=st.data())
 def test_flipped_and_truncated_packets_never_raise_anything_but_codec_errors(codec: Codec, data: st.DataObject) -> None:
     packet = encode(codec, torch.arange(24, dtype=torch.float32).reshape(2, 3, 4))
@@ -138,17 +141,22 @@ def test_axes_beyond_the_count_must_be_zero(axes: int, data: st.DataObject) -> N
         Packet.parse(memoryview(HEADER.pack(VERSION, 1, 0, axes, 0, *shape, 4) + bytes(4)))
 
 
-@pytest.mark.parametrize("variant", CODEC_VARIANTS, ids=repr)
-@settings(max_examples=200)
-@given(values=st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False, min_value=-60000, max_value=60000), max_size=40))
-def test_the_error_bound_holds_for_any_float(variant: Variant, values: list[float]) -> None:
+BOUNDED = [variant for variant in CODEC_VARIANTS if variant.build().error_bound(torch.ones(1, 1)) is not None]
+
+
+@pytest.mark.parametrize("variant", BOUNDED, ids=repr)
+@settings(max_examples=60)
+@given(
+    values=st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False, min_value=-60000, max_value=60000), max_size=40),
+    rows=st.integers(1, 3),
+)
+def test_the_error_bound_holds_for_any_float(variant: Variant, values: list[float], rows: int) -> None:
     codec = variant.build()
-    tensor = torch.tensor(values, dtype=torch.float32)
+    tensor = torch.tensor(values[: len(values) // rows * rows], dtype=torch.float32).reshape(rows, -1)
     packet = encode(codec, tensor)
-    decoded, _ = codec.decode(packet, codec.init())
+    decoded, _ = codec.decode(packet, codec.init(), samples_for(rows))
     bound = codec.error_bound(tensor)
-    for sent, got, allowed in zip(values, decoded.tolist(), bound.tolist(), strict=True):
-        assert abs(sent - got) <= allowed
-        if variant.name in ("identity", "cast"):
-            assert math.copysign(1, sent) == math.copysign(1, got)
+    assert bool(((decoded.double() - tensor.double()).abs() <= bound).all())
+    if variant.name in ("identity", "cast"):
+        assert torch.equal(torch.signbit(decoded), torch.signbit(tensor))
     assert packet.size_bytes == HEADER_BYTES + len(packet.payload)

@@ -134,16 +134,16 @@ def test_an_operation_belongs_to_the_part_it_ran_in_or_to_what_it_is() -> None:
 
 
 def test_every_crossing_is_timed_and_the_engine_is_left_as_it_was() -> None:
-    carry = Wire.carry
-    scope = codecs.Scope(models=("tiny",), dtypes=("float32",), clients=4, tokens=16, steps=1, repeats=1)
+    carry, names = Wire.carry, ("identity", "cast", "int8", "residual")
+    scope = codecs.Scope(models=("tiny",), dtypes=("float32",), codecs=names, clients=4, tokens=16, steps=2, repeats=1, widths=())
     rows = codecs.measure(scope, lambda line: None)
     assert Wire.carry is carry
-    assert [row["codec"] for row in rows] == ["identity", "cast", "int8"]
+    assert [row["codec"] for row in rows] == list(names)
     for row in rows:
         assert 0 < row["share"] < 1
+        assert 0 < row["first_share"] < 1
         assert row["crossing_s"] < row["step_s"]
-        assert min(row["encode_mb_s"], row["decode_mb_s"]) > 0
-    assert len(codecs.table(rows).splitlines()) == 2 + 3
+    assert len(codecs.table(rows).splitlines()) == 2 + 4
 
 
 def growth_row(clients: int, train_s: float, peak_bytes: int) -> dict[str, Any]:

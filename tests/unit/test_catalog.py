@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import pytest
 
-from splitft.catalog import CATALOG, build, problems
+from splitft.catalog import CATALOG, CODECS, INNER, build, problems
 from splitft.compress.cast import Cast
+from splitft.compress.entropy import Entropy
+from splitft.compress.error_bounded import ErrorBounded
+from splitft.compress.projection import Projection
+from splitft.compress.quantize import Quantize
+from splitft.compress.residual import Residual
 from splitft.errors import ConfigError
+
+CODEC_SEAMS = [seam for seam, table in CATALOG.items() if table.items() >= CODECS.items()]
 
 
 def test_a_component_is_built_with_its_fields() -> None:
@@ -60,3 +67,42 @@ def test_a_value_the_component_refuses_is_a_configuration_error() -> None:
 def test_a_value_of_the_wrong_type_is_a_configuration_error() -> None:
     with pytest.raises(ConfigError, match="policy"):
         build("policy", "fixed", {"cuts": 3})
+
+
+def test_a_codec_is_built_inside_another_to_any_depth() -> None:
+    assert build("uplink", "entropy", {"inner": "quantize"}) == Entropy(Quantize())
+    bounded = {"name": "error_bounded", "bound": 0.5, "of": "absolute"}
+    built = build("downlink", "projection", {"inner": {"name": "residual", "cache_mb": 9, "inner": bounded}})
+    assert built == Projection(Residual(ErrorBounded(0.5, "absolute"), cache_mb=9))
+
+
+@pytest.mark.parametrize("seam", CODEC_SEAMS)
+def test_every_codec_is_at_home_in_every_codec_section(seam: str) -> None:
+    assert INNER[seam] == "inner"
+    for name in CODECS:
+        assert build(seam, name, {}) == CODECS[name]()
+    for name in ("topk", "projection", "feedback"):
+        assert build(seam, name, {"inner": "cast"}) == CODECS[name](inner=Cast())  # type: ignore[call-arg]
+
+
+def test_sections_for_codecs_are_the_six_tensors() -> None:
+    assert CODEC_SEAMS == ["uplink", "downlink", "exit_downlink", "exit_uplink", "adapter_uplink", "adapter_downlink"]
+    assert [seam for seam in CODEC_SEAMS if "same" in CATALOG[seam]] == ["exit_downlink", "exit_uplink", "adapter_downlink"]
+
+
+def test_faults_inside_a_component_are_found_before_it_is_built() -> None:
+    assert problems("uplink", "entropy", {"inner": "quantise"})[0].endswith("Did you mean 'quantize'?")
+    (line,) = problems("uplink", "entropy", {"inner": {"name": "topk", "shares": 0.1}})
+    assert line.startswith("uplink.shares is not a field of topk")
+    assert line.endswith("Did you mean 'share'?")
+    (line,) = problems("uplink", "entropy", {"inner": {"bits": 4}})
+    assert line == "uplink.inner is {'bits': 4}; allowed is a name or a table with a name."
+    deep = problems("uplink", "projection", {"basis": 1, "inner": {"name": "residual", "inner": {"name": "cast", "bits": 4}}, "rank": 2})
+    assert [text.split(" is ")[0] for text in deep] == ["uplink.bits", "uplink.rank"]
+
+
+@pytest.mark.parametrize("inner", ["temporal", "feedback"])
+def test_what_cannot_go_together_is_a_configuration_error(inner: str) -> None:
+    for outer in ("residual", "lowrank", "feedback"):
+        with pytest.raises(ConfigError, match="inner is"):
+            build("uplink", outer, {"inner": inner})

@@ -107,11 +107,14 @@ class Cache:
 
     def rows(self, samples: Samples, width: int) -> Tensor:
         """What is known of a packet's rows [q d], float32; zeros for samples that are not here."""
-        parts = []
-        for one, rows, here in zip(samples.ids, samples.rows, self.known(samples, width), strict=True):
-            entry = self.entries[one] if here else None
-            parts.append(torch.zeros(rows, width) if entry is None else _values(entry).float())
-        return torch.cat(parts) if parts else torch.empty(0, width)
+        found = torch.empty(sum(samples.rows), width)
+        parts = torch.split(found, list(samples.rows)) if samples.rows else ()
+        for one, part, here in zip(samples.ids, parts, self.known(samples, width), strict=True):
+            if here:
+                part.copy_(_values(self.entries[one]))
+            else:
+                part.zero_()
+        return found
 
     def put(self, samples: Samples, rows: Tensor) -> Cache:
         """The cache after these rows [q d] have been seen; of an id that stands twice in a packet the last rows count."""
@@ -219,8 +222,10 @@ class Ledger:
 
 def finite_as(rows: Tensor, dtype: torch.dtype) -> Tensor:
     """Finite rows in another type, those beyond its range as its largest."""
-    if torch.finfo(dtype).max < torch.finfo(rows.dtype).max:
-        rows = rows.clamp(-torch.finfo(dtype).max, torch.finfo(dtype).max)
+    most = torch.finfo(dtype).max
+    if most < torch.finfo(rows.dtype).max:
+        # In float32: bfloat16 has no 65504, the largest float16, and would round it up to beyond that.
+        rows = rows.float().clamp(-most, most)
     return rows.to(dtype)
 
 

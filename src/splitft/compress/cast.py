@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from splitft.compress.base import from_bytes, join, require_finite, to_bytes
+from splitft.compress.cache import finite_as
 from splitft.compress.stateless import Payload, Stateless, slices
 from splitft.errors import ConfigError
 
@@ -38,9 +39,10 @@ class Cast(Stateless):
         return [*slices(to_bytes(narrow), [self.payload_bytes(count, rows.shape[1], rows.dtype) for count in counts])]
 
     def unpack(self, payloads: Sequence[Payload], counts: Sequence[int], width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        rows = from_bytes(join(payloads), TYPES[self.dtype], (sum(counts), width)).to(device).to(dtype)
+        rows = from_bytes(join(payloads), TYPES[self.dtype], (sum(counts), width)).to(device)
         require_finite(rows, "received tensor")
-        return rows
+        # Rounded to bfloat16, the largest float16 lies beyond float16's range.
+        return finite_as(rows, dtype)
 
     def payload_bytes(self, count: int, width: int, dtype: torch.dtype) -> int:
         return count * width * TYPES[self.dtype].itemsize

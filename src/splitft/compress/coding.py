@@ -16,8 +16,8 @@ Axes: q rows, d columns.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import lru_cache
+from typing import Any, NamedTuple
 
 import constriction
 import numpy as np
@@ -27,6 +27,7 @@ from splitft.errors import CodecError
 
 Codes = npt.NDArray[np.int32]
 Bytes = npt.NDArray[np.uint8]
+Places = npt.NDArray[np.intp]
 # Classes: class k is for numbers of mean magnitude 2^((k - ZERO) / 2); class 0 holds nothing but zeros.
 CLASSES, UNIT = 56, 25
 ROW_STEP = 2
@@ -101,19 +102,28 @@ def _middles(codes: Codes) -> Codes | None:
     """The mean of each column [1 d], rounded, if there are rows enough to share it and it is not zero throughout."""
     if codes.shape[0] < LEAST_ROWS:
         return None
-    middles = np.round(codes.mean(0, dtype=np.float64)).astype(np.int32)[None]
+    middles = np.round(_sums(codes, 0) / codes.shape[0]).astype(np.int32)[None]
     return middles if middles.any() else None
 
 
 def _write(coder: constriction.stream.stack.AnsCoder, codes: Codes) -> None:
     rows, columns = _classes(np.abs(codes))
-    parts = [(kind, _take(codes, places)) for kind, places in _groups(rows, columns)]
-    beyond = np.concatenate([_beyond(part, kind) for kind, part in parts] or [np.empty(0, np.int32)])
+    order = _ordered(rows, columns)
+    values = order.take(codes)
+    far = [np.empty(0, np.int32)]
+    parts = []
+    for kind, begin, end in order.spans:
+        reach, part = _reach(kind), values[begin:end]
+        if part.max() >= reach or part.min() <= -reach:
+            far.append(_beyond(part, kind))
+            np.clip(part, -reach, reach, out=part)
+        part += np.int32(reach)
+        parts.append((kind, part))
+    beyond = np.concatenate(far)
     for digit in (beyond & 0x7FFF, beyond >> 15):
         coder.encode_reverse(digit.astype(np.int32), _DIGIT)
     for kind, part in reversed(parts):
-        reach = _reach(kind)
-        coder.encode_reverse(np.clip(part, -reach, reach) + np.int32(reach), _model(kind))
+        coder.encode_reverse(part, _model(kind))
     for classes in (rows, columns):
         _write_classes(coder, classes)
 
@@ -121,18 +131,18 @@ def _write(coder: constriction.stream.stack.AnsCoder, codes: Codes) -> None:
 def _read(coder: constriction.stream.stack.AnsCoder, rows: int, columns: int) -> Codes:
     column_classes = _read_classes(coder, columns)
     row_classes = _read_classes(coder, rows)
-    codes = np.zeros((rows, columns), np.int32)
-    flat, far = codes.reshape(-1), []
-    for kind, places in _groups(row_classes, column_classes):
-        reach = _reach(kind)
-        part = coder.decode(_model(kind), len(places)) - np.int32(reach)
-        flat[places] = part
-        far.append(places[np.abs(part) == reach])
-    ends = np.concatenate(far or [np.empty(0, np.intp)])
+    order = _ordered(row_classes, column_classes)
+    values, far = np.empty(len(order.places), np.int32), [np.empty(0, np.intp)]
+    for kind, begin, end in order.spans:
+        reach, part = _reach(kind), values[begin:end]
+        np.subtract(coder.decode(_model(kind), end - begin), np.int32(reach), out=part)
+        if part.max() == reach or part.min() == -reach:
+            far.append(begin + np.flatnonzero(np.abs(part) == reach))
+    ends = np.concatenate(far)
     if ends.size:
         high, low = coder.decode(_DIGIT, len(ends)), coder.decode(_DIGIT, len(ends))
-        flat[ends] += np.sign(flat[ends]) * ((high << 15) + low)
-    return codes
+        values[ends] += np.sign(values[ends]) * ((high << 15) + low)
+    return order.put(values, rows, columns)
 
 
 def most_code_bytes(rows: int, columns: int) -> int:
@@ -142,9 +152,9 @@ def most_code_bytes(rows: int, columns: int) -> int:
 
 def _classes(magnitudes: Codes) -> tuple[Bytes, Bytes]:
     """The class of each row [q] and of each column [d] of magnitudes: a number's class is the sum of both less UNIT."""
-    total = magnitudes.sum(1, dtype=np.int64)
+    total = _sums(magnitudes, 1)
     busy = total > 0
-    columns_total = magnitudes.sum(0, dtype=np.int64)
+    columns_total = _sums(magnitudes, 0)
     width = max(1, int((columns_total > 0).sum()))
     with np.errstate(divide="ignore"):
         # Whatever the machine's log2 rounds to, the result is only a class, and it travels.
@@ -154,23 +164,75 @@ def _classes(magnitudes: Codes) -> tuple[Bytes, Bytes]:
     return rows.astype(np.uint8), columns.astype(np.uint8)
 
 
-def _groups(rows: Bytes, columns: Bytes) -> Iterator[tuple[int, npt.NDArray[np.intp]]]:
-    """Every class of numbers there is, with the flat places of its numbers; rows and columns of class 0 have none."""
-    busy_rows, busy_columns = np.flatnonzero(rows), np.flatnonzero(columns)
-    if not busy_rows.size or not busy_columns.size:
-        return
-    sums = rows[busy_rows].astype(np.int16)[:, None] + columns[busy_columns].astype(np.int16)[None, :] - UNIT
-    kinds = np.clip(sums, 1, CLASSES - 1).astype(np.uint8).reshape(-1)
-    places = (busy_rows[:, None] * len(columns) + busy_columns[None, :]).reshape(-1)
-    order = np.argsort(kinds, kind="stable")
-    counts = np.bincount(kinds, minlength=CLASSES)
-    ends = np.cumsum(counts)
-    for kind in np.flatnonzero(counts).tolist():
-        yield kind, places[order[ends[kind] - counts[kind] : ends[kind]]]
+def _sums(numbers: Codes, axis: int) -> npt.NDArray[np.signedinteger[Any]]:
+    """Exact sums over an axis; without widening each number first where no sum can be too large."""
+    most = max(int(numbers.max(initial=0)), -int(numbers.min(initial=0)))
+    total: npt.NDArray[np.signedinteger[Any]] = numbers.sum(axis, dtype=np.int32 if most * numbers.shape[axis] < 1 << 31 else np.int64)
+    return total
 
 
-def _take(codes: Codes, places: npt.NDArray[np.intp]) -> Codes:
-    return np.ascontiguousarray(codes).reshape(-1)[places]
+class _Order(NamedTuple):
+    """Numbers class after class: where each number of busy rows and columns (None: all are) comes [m], and of each class there is,
+    ascending, where it begins and ends."""
+
+    busy: tuple[Places, Places] | None
+    places: Places
+    spans: list[tuple[int, int, int]]
+
+    def take(self, codes: Codes) -> Codes:
+        """The numbers [q d] in this order."""
+        values = np.empty(len(self.places), np.int32)
+        values[self.places] = (codes if self.busy is None else codes[np.ix_(*self.busy)]).reshape(-1)
+        return values
+
+    def put(self, values: Codes, rows: int, columns: int) -> Codes:
+        """The inverse of `take`; zeros where nothing was taken."""
+        left = values[self.places]
+        if self.busy is None:
+            return left.reshape(rows, columns)
+        codes = np.zeros((rows, columns), np.int32)
+        codes[np.ix_(*self.busy)] = left.reshape(len(self.busy[0]), len(self.busy[1]))
+        return codes
+
+
+def _ordered(rows: Bytes, columns: Bytes) -> _Order:
+    """The order of numbers whose rows and columns have these classes, row after row within a class; those of class 0 hold none."""
+    busy = None if rows.all() and columns.all() else (np.flatnonzero(rows), np.flatnonzero(columns))
+    of_rows, of_columns = rows[rows > 0].astype(np.intp), columns[columns > 0].astype(np.intp)
+    pairs = np.convolve(np.bincount(of_rows, minlength=CLASSES), np.bincount(of_columns, minlength=CLASSES))
+    kinds = np.clip(np.arange(len(pairs)) - UNIT, 1, CLASSES - 1)
+    sizes = np.zeros(CLASSES, np.intp)
+    np.add.at(sizes, kinds, pairs)
+    ends = np.cumsum(sizes)
+    spans = [(kind, int(ends[kind] - sizes[kind]), int(ends[kind])) for kind in np.flatnonzero(sizes).tolist()]
+    return _Order(busy, _places(of_rows, of_columns, ends - sizes), spans)
+
+
+def _places(rows: Places, columns: Places, begins: Places) -> Places:
+    """Where each number comes [q d], flat, when the numbers of each class begin at `begins`: row after row, within a row by column.
+
+    The columns of one class are in any row of one class of numbers, next to each other: so where they begin follows from sums over the
+    rows, and nothing as large as the numbers is sorted.
+    """
+    if not rows.size or not columns.size:
+        return np.empty(0, np.intp)
+    low, high, least = int(rows.min() + columns.min()) - UNIT, int(rows.max() + columns.max()) - UNIT, int(columns.min())
+    if low < 1 or high >= CLASSES:  # cut off there, numbers of a row are of one class though their columns are of several
+        kinds = np.clip(rows[:, None] + columns[None, :] - UNIT, 1, CLASSES - 1).astype(np.uint8).reshape(-1)
+        places = np.empty(kinds.size, np.intp)
+        places[np.argsort(kinds, kind="stable")] = np.arange(kinds.size)
+        return places
+    sizes = np.bincount(columns, minlength=2 * CLASSES)
+    wanted = np.arange(low, high + 1) + UNIT - rows[:, None]  # the class of columns that makes up each class of numbers in each row
+    held = np.where(wanted < 0, 0, sizes[wanted])
+    begin = np.cumsum(held, 0) - held + begins[low : high + 1]
+    by_column = np.take_along_axis(begin, rows[:, None] + np.arange(least, int(columns.max()) + 1) - UNIT - low, 1)
+    order = np.argsort(columns, kind="stable")
+    rank = np.empty(len(columns), np.intp)  # of a column among those of its class
+    rank[order] = np.arange(len(columns)) - (np.cumsum(sizes) - sizes)[columns[order]]
+    places = by_column.take(columns - least, 1)
+    places += rank
+    return places.reshape(-1)
 
 
 def _beyond(part: Codes, kind: int) -> Codes:

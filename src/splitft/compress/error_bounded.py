@@ -28,6 +28,7 @@ Per = Literal["packet", "token", "channel"]
 Rounding = Literal["nearest", "stochastic"]
 Doubles = npt.NDArray[np.float64]
 # Of a result's type: largest relative error of rounding, and half the smallest step.
+FLOAT32_MAX, SMALLEST = torch.finfo(torch.float32).max, 2.0**-149
 ROUNDING = {torch.float32: (2.0**-24, 2.0**-150), torch.bfloat16: (2.0**-8, 2.0**-134), torch.float16: (2.0**-11, 2.0**-25)}
 
 
@@ -95,12 +96,14 @@ class ErrorBounded(Codec):
         facts = []
         for part, generator in zip(torch.split(rows.detach().cpu().double(), list(parts.counts)), parts.generators, strict=True):
             values = part.numpy()
-            steps = self._step_of(self._bounds(values)).astype("<f4").astype(np.float64)
+            steps = self._steps_for(values)
             codes = self._codes(values, steps, generator)
             coded = encode_codes(codes)
             head = steps.astype("<f4").tobytes()
             payloads.append(head + coded)
-            squared_error = float(np.square(codes * steps - values).sum())
+            error = codes * steps
+            error -= values
+            squared_error = float(np.square(error, out=error).sum())
             facts.append(
                 {
                     "squared": float(np.square(values).sum()),
@@ -120,9 +123,11 @@ class ErrorBounded(Codec):
             size = 4 * self._steps(count, width)
             if len(payload) < size:
                 raise CodecError(f"payload of {len(payload)} bytes has no room for {size // 4} steps.", "the message is damaged.")
-            steps = np.frombuffer(payload, "<f4", count=size // 4).astype(np.float64)
-            if not np.isfinite(steps).all() or (steps < 0).any():
+            read = np.frombuffer(payload, "<f4", count=size // 4)
+            # Before anything is made of them: some NaNs cannot even be converted without a warning.
+            if not np.isfinite(read).all() or (read < 0).any():
                 raise CodecError("a received step is negative or not finite.", "the message is damaged.")
+            steps = read.astype(np.float64)
             codes = decode_codes(memoryview(payload)[size:], count, width)
             values = codes * steps.reshape(self._shape(count, width))
             rows.append(torch.from_numpy(values).clamp_(-limit, limit).to(dtype))
@@ -131,8 +136,10 @@ class ErrorBounded(Codec):
     def _codes(self, values: Doubles, steps: Doubles, generator: torch.Generator | None) -> npt.NDArray[np.int32]:
         """Whole numbers of steps; zero where a step is zero, for then all values are."""
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-            scaled = np.where(steps > 0, values / np.where(steps > 0, steps, 1.0), 0.0)
-        if not (np.abs(scaled) < LARGEST_CODE).all():
+            scaled = values / np.where(steps > 0, steps, 1.0)
+        if not (steps > 0).all():
+            scaled = np.where(steps > 0, scaled, 0.0)
+        if not max(scaled.max(), -scaled.min()) < LARGEST_CODE:
             raise CodecError(
                 f"a value of {np.abs(values).max():.3g} is too large for a bound of {self.bound:g}.",
                 "raise the bound, or make it relative.",
@@ -141,7 +148,7 @@ class ErrorBounded(Codec):
             assert generator is not None, "stochastic rounding needs a generator for every packet"
             scaled = np.floor(scaled + torch.rand(values.shape, generator=generator, dtype=torch.float64).numpy())
         elif self.dead_zone == 0.5:
-            scaled = np.rint(scaled)
+            np.rint(scaled, out=scaled)
         else:
             scaled = np.sign(scaled) * np.floor(np.abs(scaled) + (1.0 - self.dead_zone))
         codes: npt.NDArray[np.int32] = scaled.astype(np.int32)
@@ -156,9 +163,9 @@ class ErrorBounded(Codec):
         if self.of == "range":
             size = values.max(axis) - values.min(axis)
         else:
-            most = np.abs(values).max(axis, keepdims=True)
+            most = _largest(values, axis)
             scaled = values / np.where(most > 0, most, 1.0)  # squares of the largest numbers would overflow
-            size = np.sqrt(np.square(scaled).mean(axis)) * most.reshape(np.square(scaled).mean(axis).shape)
+            size = np.sqrt(np.square(scaled, out=scaled).mean(axis, keepdims=True)) * most
         return np.asarray(self.bound * size, np.float64).reshape(shape)
 
     def _step_of(self, bound: float | Doubles) -> Doubles:
@@ -166,8 +173,27 @@ class ErrorBounded(Codec):
         widest = 1.0 if self.rounding == "stochastic" else 1.0 / self.dead_zone
         return np.asarray(bound * widest * (1.0 - 2.0**-20), np.float64)
 
+    def _steps_for(self, values: Doubles) -> Doubles:
+        """The steps of a packet's values as float32 has them, never wider than the bound allows."""
+        wanted = np.minimum(self._step_of(self._bounds(values)), FLOAT32_MAX)
+        steps = wanted.astype(np.float32)
+        steps = np.where(steps > wanted, np.nextafter(steps, np.float32(0.0)), steps)
+        # All values are whole multiples of the smallest number of float32, so that is a step of no error.
+        steps = np.where((steps == 0) & (wanted > 0), np.float32(SMALLEST), steps)
+        axis = {"packet": None, "token": 1, "channel": 0}[self.per]
+        if (wanted > 0).all():
+            return steps.astype(np.float64)
+        # Values that are all equal have no range: one step reaches them.
+        return np.where(wanted > 0, steps, _largest(values, axis).reshape(steps.shape)).astype(np.float64)
+
     def _steps(self, count: int, width: int) -> int:
         return math.prod(self._shape(count, width))
 
     def _shape(self, count: int, width: int) -> tuple[int, int]:
         return {"packet": (1, 1), "token": (count, 1), "channel": (1, width)}[self.per]
+
+
+def _largest(values: Doubles, axis: int | None) -> Doubles:
+    """The largest magnitude over an axis that stays, of length one; without a copy of the values."""
+    found: Doubles = np.maximum(values.max(axis, keepdims=True), -values.min(axis, keepdims=True))
+    return found + 0.0  # never the other zero

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from splitft.compress.base import Codec, Packed, Parts, Payload, State, require_finite
+from splitft.compress.bits import BF16_MAX
 from splitft.compress.coding import decode_codes, encode_codes, most_code_bytes
 from splitft.compress.residual import Residual, require_room
 from splitft.compress.wrapper import Nested, Wrapper, on_cpu
@@ -92,7 +93,7 @@ class Projection(Wrapper):
             head, basis = self._begin(state.own, part)
             heads.append(head)
             known.append(basis)
-            coordinates.append(part @ basis.forward)  # by itself, so that a packet has the same rounding alone and among others
+            coordinates.append(_product(part, basis.forward))  # by itself, so that a packet rounds alike alone and among others
         inside = parts.inside([state.inner for state in parts.states])
         packed = self.inner.pack_rows(torch.cat(coordinates), inside)
         payloads: list[Payload] = [head + payload for head, payload in zip(heads, packed.payloads, strict=True)]
@@ -112,14 +113,14 @@ class Projection(Wrapper):
         inside = parts.inside([state.inner for state in parts.states])
         rows, inner = self.inner.unpack_rows(bodies, inside, count_of, torch.float32, torch.device("cpu"))
         limit = torch.finfo(dtype).max
-        decoded = [part @ basis.backward for part, basis in zip(torch.split(rows, list(parts.counts)), known, strict=True)]
+        decoded = [_product(part, basis.backward) for part, basis in zip(torch.split(rows, list(parts.counts)), known, strict=True)]
         whole = torch.cat(decoded).clamp_(-limit, limit)
         require_finite(whole, "received coordinates")
         return whole.to(device, dtype), [Nested(one, within) for one, within in zip(known, inner, strict=True)]
 
     def _begin(self, own: _Known | None, rows: Tensor) -> tuple[bytes, _Known]:
         """What a payload begins with, and the basis to use: a new one with the first packet."""
-        if own is not None:
+        if own is not None and own.codes.shape[1] == rows.shape[1]:
             return HEAD.pack(0, 0), own
         if self.basis == "random":
             return HEAD.pack(0, 0), _drawn(rows.shape[1], self._coordinates(rows.shape[1]))
@@ -139,7 +140,8 @@ class Projection(Wrapper):
         if comes:
             return _known(torch.from_numpy(decode_codes(body[:size], self._coordinates(width), width))), body[size:]
         if self.basis == "random":
-            return own or _drawn(width, self._coordinates(width)), body
+            same = own is not None and own.codes.shape[1] == width
+            return own if own is not None and same else _drawn(width, self._coordinates(width)), body
         if own is None:
             raise CodecError("coordinates arrived before their basis.", "both ends must begin the stream together.")
         if own.codes.shape[1] != width:
@@ -151,6 +153,15 @@ class Projection(Wrapper):
 
     def _basis_bytes(self, width: int) -> int:
         return most_code_bytes(self._coordinates(width), width) if self.basis == "learned" else 0
+
+
+def _product(rows: Tensor, matrix: Tensor) -> Tensor:
+    """Rows [q d] times a matrix [d k], in float32; what is beyond bfloat16's range as its largest number, which any codec inside takes."""
+    # A copy, since the last bits of a product may depend on where in memory its rows begin: alone or behind another packet's.
+    found = rows.clone() @ matrix
+    if float(found.abs().amax()) <= BF16_MAX:
+        return found
+    return (rows.double() @ matrix.double()).clamp_(-BF16_MAX, BF16_MAX).float()
 
 
 def _require_width(width: int) -> None:
@@ -183,6 +194,11 @@ def _known(codes: Tensor) -> _Known:
 
 
 def _drawn(width: int, count: int) -> _Known:
-    """Random axes that follow from the shape alone: signs, so that every machine draws the same."""
-    signs = torch.randint(0, 2, (count, width), generator=torch_stream(0, "projection", width, count)) * 2 - 1
-    return _known((signs * int(BASIS_STEPS)).to(torch.int32))
+    """Random axes that follow from the shape alone: signs, so that every machine draws the same. Drawn anew until they are independent."""
+    generator = torch_stream(0, "projection", width, count)
+    while True:
+        signs = torch.randint(0, 2, (count, width), generator=generator) * 2 - 1
+        try:
+            return _known((signs * int(BASIS_STEPS)).to(torch.int32))
+        except CodecError:
+            continue

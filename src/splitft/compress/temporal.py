@@ -110,8 +110,8 @@ class Temporal(Wrapper):
         ledgers: list[Ledger] = []
         facts: list[Facts] = []
         for part, one, state in zip(torch.split(on_cpu(rows), list(parts.counts)), samples, parts.states, strict=True):
-            # A product for each packet: its last bits may depend on how many rows go into one.
-            skip, ledger, counted = self._choose(part @ projection, one, state.own or Ledger(self.budget), width)
+            # A product for each packet, of a copy: its last bits may depend on how many rows go into one, and where in memory they begin.
+            skip, ledger, counted = self._choose(part.clone() @ projection, one, state.own or Ledger(self.budget), width)
             skips.append(skip)
             ledgers.append(ledger)
             facts.append({**counted, "squared": float(part.double().square().sum())})

@@ -1,0 +1,1 @@
+"""What codecs cost in quality and save in bytes, over whole runs: `python -m experiments.codecs --help`."""

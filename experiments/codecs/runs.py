@@ -1,0 +1,191 @@
+"""One run after the other, each in a process of its own; a finished one is not run again, a broken-off one goes on."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from experiments.codecs.figures import COLUMNS, LINKS_FILE, points, rounds_done
+from experiments.codecs.settings import LENGTHS, SETTINGS
+from experiments.codecs.stacks import RECOMMENDED, UNCOMPRESSED, stacks
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "experiments" / "results"
+COMMAND = "python -m experiments.codecs run --data TEXTS --models MODELS"
+MEDIUM, LONG = 10, 50
+# Which stacks run for how many epochs, most telling first: targets in every setting, then all stacks, then controllers with time to learn.
+BOTH = (UNCOMPRESSED, RECOMMENDED)
+CONTROLLED = ("recommended_bang_bang", "recommended_ddpg", "recommended_energy")
+PARETO = ("python_docs", "shakespeare")
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where things are: folders of texts and models, and of run folders."""
+
+    texts: Path
+    models: Path
+    work: Path
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: how many epochs of which stack in which setting."""
+
+    setting: str
+    stack: str
+    seed: int
+    epochs: int
+
+    @property
+    def label(self) -> str:
+        return f"{self.setting} {self.stack} seed {self.seed}, {self.epochs} epochs"
+
+    def codecs(self) -> dict[str, Any]:
+        """The stack as it is configured now; a kept run with other codecs is not this one."""
+        return stacks(self.epochs)[self.stack].values()
+
+    def folder(self, work: Path) -> Path:
+        text = json.dumps([self.codecs(), SETTINGS[self.setting].values(self.seed, self.epochs)], sort_keys=True)
+        return work / f"{self.setting}-{self.stack}-{self.epochs}-{self.seed}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def jobs(
+    seeds: Iterable[int], only: Iterable[str] = (), settings: Iterable[str] = (), lengths: Iterable[int] = (), quick: bool = False
+) -> list[Job]:
+    """What is to be run, most telling first, seed by seed. `only`, `settings` and `lengths` (epochs) choose; empty ones choose all.
+
+    In every setting the reference and the recommended stack, for every length with the exit on the server and the longest in a U-shape;
+    in two settings all stacks for ten epochs; on the small model the controllers for fifty. `quick`: the first of these for one epoch.
+    """
+    names, chosen, epochs = set(only) or set(stacks()), list(settings) or list(SETTINGS), set(lengths) or set(LENGTHS)
+    if unknown := (names - stacks().keys()) | (set(chosen) - SETTINGS.keys()) | {str(one) for one in epochs - LENGTHS.keys()}:
+        raise ValueError(f"unknown: {', '.join(sorted(unknown))}; stacks are {', '.join(stacks())}; settings are {', '.join(SETTINGS)}")
+    if quick:
+        return [Job(setting, stack, seed, 1) for seed in seeds for setting in chosen for stack in BOTH if stack in names]
+    found = []
+    for seed in seeds:
+        listed = [(name, stack, length) for name in chosen for length in LENGTHS if _is_wanted(name, length) for stack in BOTH]
+        listed += [(name, stack, MEDIUM) for name in chosen if name in PARETO for stack in stacks() if stack not in BOTH]
+        listed += [(name, stack, LONG) for name in chosen if name == "shakespeare" for stack in CONTROLLED]
+        found += [Job(name, stack, seed, length) for name, stack, length in listed if stack in names and length in epochs]
+    return found
+
+
+def _is_wanted(setting: str, epochs: int) -> bool:
+    return SETTINGS[setting].exit == "server" or epochs == LONG
+
+
+def configuration(job: Job, places: Places) -> dict[str, Any]:
+    """The run's configuration with its paths."""
+    setting, stack = SETTINGS[job.setting], stacks(job.epochs)[job.stack]
+    values = {**setting.values(job.seed, job.epochs), **stack.values(), "name": job.folder(places.work).name}
+    values["data"] = setting.data(places.texts, places.work)
+    values["run"] = {**values["run"], "folder": str(places.work)}
+    values["clients"] = {**values["clients"], "profiles_file": str(LINKS_FILE)}
+    if setting.model != "embedded":
+        values["model"] = {**values["model"], "path": str(places.models / setting.model)}
+    return values
+
+
+def train(job: Job, places: Places) -> None:
+    """Run it in this process to its last round."""
+    import splitft
+    from splitft.config import parse_config
+
+    folder = job.folder(places.work)
+    begun = (folder / "config.toml").is_file()
+    opened = splitft.open_run(parse_config(configuration(job, places)), resume=folder if begun else False)
+    with contextlib.closing(opened):
+        for _ in opened.rounds():
+            pass
+
+
+def results_path(setting: str, results: Path = RESULTS) -> Path:
+    return results / f"codecs-{setting}.json"
+
+
+def kept(setting: str, results: Path = RESULTS) -> list[dict[str, Any]]:
+    """The runs of a setting that are kept."""
+    path = results_path(setting, results)
+    found: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["runs"] if path.is_file() else []
+    return found
+
+
+def is_kept(job: Job, results: Path = RESULTS) -> bool:
+    """Whether its figures are there, of the same codecs."""
+    return any(_is(run, job) and run["codecs"] == job.codecs() for run in kept(job.setting, results))
+
+
+def _is(run: Mapping[str, Any], job: Job) -> bool:
+    return bool((run["stack"], run["seed"], run["epochs"]) == (job.stack, job.seed, job.epochs))
+
+
+def keep(job: Job, found: list[list[float | None]], results: Path = RESULTS) -> Path:
+    """Put the figures of a run into its setting's file, in place of an older one of the same stack, length and seed."""
+    others = [run for run in kept(job.setting, results) if not _is(run, job)]
+    order = {name: place for place, name in enumerate(stacks())}
+    runs = [*others, {"stack": job.stack, "epochs": job.epochs, "seed": job.seed, "codecs": job.codecs(), "points": found}]
+    runs.sort(key=lambda run: (order.get(run["stack"], len(order)), run["epochs"], run["seed"]))
+    head = {"command": COMMAND, "setting": SETTINGS[job.setting].values(0, LONG), "columns": COLUMNS}
+    lines = ",\n".join(json.dumps(run, separators=(",", ":")) for run in runs)
+    text = json.dumps(head, separators=(",", ":"))[:-1] + ',"runs":[\n' + lines + "\n]}\n"
+    path = results_path(job.setting, results)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
+    return path
+
+
+def run_all(todo: list[Job], places: Places, processes: int, results: Path = RESULTS, say: Callable[[str], None] = print) -> list[Job]:
+    """Train what is missing, so many processes at a time, and keep its figures at once; the jobs that failed."""
+    waiting = [job for job in todo if not is_kept(job, results)]
+    say(f"{len(todo) - len(waiting)} of {len(todo)} runs are kept already")
+    running: list[tuple[Job, subprocess.Popen[bytes]]] = []
+    failed: list[Job] = []
+    try:
+        while waiting or running:
+            while waiting and len(running) < processes:
+                job = waiting.pop(0)
+                running.append((job, _start(job, places)))
+            _wait_for_one(running)
+            for job, child in [pair for pair in running if pair[1].poll() is not None]:
+                running.remove((job, child))
+                folder = job.folder(places.work)
+                if child.returncode or rounds_done(folder) < LENGTHS[job.epochs].rounds:
+                    failed.append(job)
+                    say(f"FAILED {job.label}: see {folder}.log")
+                    continue
+                keep(job, points(folder), results)
+                shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+                say(f"done {job.label}, {len(waiting) + len(running)} left")
+    finally:
+        for _, child in running:
+            child.terminate()
+    return failed
+
+
+def _start(job: Job, places: Places) -> subprocess.Popen[bytes]:
+    places.work.mkdir(parents=True, exist_ok=True)
+    SETTINGS[job.setting].data(places.texts, places.work)  # here, so that no two processes write it
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "experiments.codecs", "one", job.setting, job.stack, str(job.seed), str(job.epochs)]
+    command += ["--data", str(places.texts), "--models", str(places.models), "--work", str(places.work)]
+    with Path(f"{job.folder(places.work)}.log").open("wb") as log:
+        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
+
+
+def _wait_for_one(running: list[tuple[Job, subprocess.Popen[bytes]]]) -> None:
+    while all(child.poll() is None for _, child in running):
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            running[0][1].wait(timeout=0.5)

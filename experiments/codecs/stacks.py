@@ -1,0 +1,153 @@
+"""The stacks of codecs that are compared, as the configuration writes them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+Component = Mapping[str, Any]
+CAST: Component = {"name": "cast", "dtype": "bfloat16"}
+IDENTITY: Component = {"name": "identity"}
+LORA_RANK = 8
+UNCOMPRESSED, RECOMMENDED = "uncompressed", "recommended"
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Codecs of a run. `uplink` and `downlink` at the cut; in a U-shape activations take the first and gradients the second, whichever way
+    they go. `adapters` both ways."""
+
+    name: str
+    title: str
+    uplink: Component
+    downlink: Component
+    adapters: Component = field(default_factory=lambda: CAST)
+    controller: Component | None = None
+
+    def values(self) -> dict[str, Any]:
+        """The sections of the configuration."""
+        sections = {"uplink": self.uplink, "downlink": self.downlink, "adapter_uplink": self.adapters}
+        return {name: dict(one) for name, one in (sections | ({"controller": self.controller} if self.controller else {})).items()}
+
+
+def over(name: str, inner: Component, **fields: Any) -> Component:
+    """A codec over another one."""
+    return {"name": name, "inner": inner, **fields}
+
+
+def bounded(bound: float, of: str = "rms", zone: float = 0.5) -> Component:
+    return {"name": "error_bounded", "bound": bound, "of": of, "dead_zone": zone}
+
+
+def quantize(bits: int) -> Component:
+    return {"name": "quantize", "bits": bits}
+
+
+def change(bound: float) -> Component:
+    """What has changed of a sample, to within a share of the sample's root mean square."""
+    return over("residual", bounded(bound, "absolute"))
+
+
+def alike(name: str, title: str, codec: Component) -> Stack:
+    """The same codec both ways."""
+    return Stack(name, title, codec, codec)
+
+
+@dataclass(frozen=True)
+class Preset:
+    """What is recommended for a length of run: bounds of the error of activations (a share of a sample's root mean square), of gradients
+    and of adapters (of the packet's); `ignore` of activations' changes; dead zones of both."""
+
+    activations: float
+    gradients: float
+    adapters: float
+    ignore: float = 0.0
+    activations_zone: float = 0.5
+    gradients_zone: float = 0.5
+
+    def stack(self, name: str, title: str, scale: float = 1.0, controller: Component | None = None) -> Stack:
+        """Its codecs, with errors at the cut `scale` times as large."""
+        inner = bounded(self.activations * scale, "absolute", self.activations_zone)
+        return Stack(
+            name,
+            title,
+            over("projection", over("residual", inner, ignore=self.ignore * scale)),
+            over("projection", bounded(self.gradients * scale, zone=self.gradients_zone)),
+            over("feedback", bounded(self.adapters)),
+            controller,
+        )
+
+
+SHORT_RUN = Preset(0.125, 1.0, 0.5)
+MEDIUM_RUN = Preset(0.125, 1.0, 0.5)
+LONG_RUN = Preset(0.125, 1.0, 0.5)
+PRESETS: Mapping[int, tuple[str, Preset]] = {
+    1: ("short", SHORT_RUN),
+    3: ("short", SHORT_RUN),
+    10: ("medium", MEDIUM_RUN),
+    50: ("long", LONG_RUN),
+}
+
+
+def _bounded_stacks() -> list[Stack]:
+    found = [alike(f"error_bounded_{bound:g}", f"error_bounded {bound:g}", bounded(bound)) for bound in (0.0625, 0.125, 0.5)]
+    found.append(alike("projection_error_bounded", "projection(error_bounded 0.125)", over("projection", bounded(0.125))))
+    found += [
+        Stack(
+            f"residual_{bound:g}",
+            f"residual(error_bounded {bound:g}), gradients error_bounded {8 * bound:g}",
+            change(bound),
+            bounded(8 * bound),
+        )
+        for bound in (0.0625, 0.125, 0.25)
+    ]
+    return found
+
+
+def _published() -> list[Stack]:
+    """What papers describe, with their own settings where they give any. Adapters as 16-bit values: they say nothing else."""
+    temporal = over("temporal", CAST, threshold=0.98)
+    return [
+        Stack(
+            "splitlite",
+            "SplitLite: lowrank 2r 4 bit up, 4r 8 bit down",
+            over("lowrank", CAST, rank=2 * LORA_RANK, bits=4),
+            over("lowrank", CAST, rank=4 * LORA_RANK, bits=8),
+        ),
+        Stack("aq_sgd", "AQ-SGD: residual(quantize 4) up, quantize 8 down", over("residual", quantize(4)), quantize(8)),
+        Stack("splitcom", "SplitCom: temporal 0.98 up, 16 bit down", temporal, CAST),
+        Stack(
+            "splitcom_int8", "SplitCom: temporal 0.98 over int8 up, int8 down", over("temporal", quantize(8), threshold=0.98), quantize(8)
+        ),
+        Stack("splitcom_bang_bang", "SplitCom: temporal up, bang_bang, 16 bit down", temporal, CAST, controller={"name": "bang_bang"}),
+    ]
+
+
+def _sparse() -> list[Stack]:
+    return [
+        alike("topk", "topk 30 %", over("topk", CAST, share=0.3)),
+        alike("feedback_topk", "feedback(topk 10 %)", over("feedback", over("topk", CAST, share=0.1))),
+        alike("randk", "randk 30 %", over("randk", CAST, share=0.3)),
+        alike("entropy_cast", "entropy(cast)", over("entropy", CAST)),
+        alike("entropy_quantize_4", "entropy(quantize 4)", over("entropy", quantize(4))),
+    ]
+
+
+def stacks(epochs: int = 10) -> dict[str, Stack]:
+    """All stacks for runs of that length, by name, the uncompressed reference first: every other run is measured against that one."""
+    kind, preset = PRESETS[epochs]
+    name = f"recommended ({kind})"
+    found = [
+        Stack(UNCOMPRESSED, "uncompressed", CAST, CAST, IDENTITY),
+        preset.stack(RECOMMENDED, name),
+        Stack("cast", "cast", CAST, CAST),
+        *(alike(f"quantize_{bits}", f"quantize {bits}", quantize(bits)) for bits in (8, 4, 2)),
+        *_bounded_stacks(),
+        preset.stack("recommended_half", f"{name}, half the errors", 0.5),
+        preset.stack("recommended_twice", f"{name}, twice the errors", 2.0),
+        *_published(),
+        *_sparse(),
+        *(preset.stack(f"recommended_{one}", f"{name} with {one}", controller={"name": one}) for one in ("bang_bang", "ddpg", "energy")),
+    ]
+    return {one.name: one for one in found}
