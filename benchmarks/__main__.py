@@ -1,6 +1,6 @@
 """Measure and write the results down.
 
-python -m benchmarks                       everything, into benchmarks/results/ and docs/benchmarks.md; about 25 minutes on two cores
+python -m benchmarks                       everything, into benchmarks/results/ and docs/benchmarks.md; about 30 minutes on two cores
 python -m benchmarks throughput growth     some of it
 python -m benchmarks flower --flower-python PATH      beside Flower, which needs a Python of its own
 python -m benchmarks --quick               a look that they work: small, printed only

@@ -105,7 +105,7 @@ def table(rows: Sequence[dict[str, Any]], links: Links | None = None) -> str:
     )
     lines = [
         f"**On slow links**: virtual seconds of a round of {setting}, links of so many Mbit/s both ways; first epoch → later ones. "
-        f"Bold: the shortest later round of the stacks with relative errors of {MOST_ERROR:.0%} at most, of hidden states and of gradients.",
+        f"Bold: the shortest later round of all with relative errors of {MOST_ERROR:.0%} at most, of hidden states and of gradients.",
         "",
         f"| codec | KB of a step | {' | '.join(f'{rate:g} Mbit/s' for rate in rates)} |",
         f"|---|---:|{'---:|' * len(rates)}",

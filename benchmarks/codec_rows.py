@@ -72,7 +72,7 @@ class Kept(Identity):
 def text_clients(sizes: Sizes, clients: int) -> tuple[ClientData, ...]:
     """The documentation of the running Python, dealt evenly; of each client as many full rows as an epoch has."""
     wanted = sizes.batches * sizes.sequences
-    source = PythonDocs(max_documents=max(40, clients * wanted * sizes.tokens // 128))
+    source = PythonDocs(max_documents=max(100, 4 * clients * wanted * sizes.tokens // 128))
     data = federate(source.documents(), load_tokenizer("embedded"), Iid(), clients, 0, "blocks", sizes.tokens)
     found = []
     for one in data.clients:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,7 +21,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m experiments.codecs", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    run, one = commands.add_parser("run", help="train what is missing, then write the page"), commands.add_parser("one")
+    run, one = commands.add_parser("run", help="train what is missing, then write the page"), commands.add_parser("train")
     commands.add_parser("page", help="write the page from the kept figures")
     for command in (run, one):
         command.add_argument(
@@ -34,10 +35,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--epochs", type=int, nargs="+", default=[], help="lengths to run: 1, 3, 10, 50; all if left out")
     run.add_argument("--processes", type=int, default=2)
     run.add_argument("--quick", action="store_true", help="one epoch of two stacks, figures below --work; no page")
-    one.add_argument("setting")
-    one.add_argument("stack")
-    one.add_argument("seed", type=int)
-    one.add_argument("epochs", type=int)
+    one.add_argument("jobs", nargs="+", type=Job.read, metavar="SETTING/STACK/SEED/EPOCHS")
     return parser
 
 
@@ -46,9 +44,8 @@ def main(arguments: Sequence[str]) -> int:
     if told.command == "page":
         return _write()
     places = Places(told.data.resolve(), told.models.resolve(), told.work.resolve())
-    if told.command == "one":
-        train(Job(told.setting, told.stack, told.seed, told.epochs), places)
-        return 0
+    if told.command == "train":
+        return _train(told.jobs, places)
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that its children are ended too
     todo = jobs(told.seeds, told.only, told.settings, told.epochs, told.quick)
     if told.quick:
@@ -56,6 +53,18 @@ def main(arguments: Sequence[str]) -> int:
     failed = run_all(todo, places, told.processes)
     _write()
     return 1 if failed else 0
+
+
+def _train(listed: Sequence[Job], places: Places) -> int:
+    """One run after the other; one that fails does not keep the others from theirs."""
+    failed = 0
+    for job in listed:
+        try:
+            train(job, places)
+        except Exception:
+            failed = 1
+            traceback.print_exc()
+    return failed
 
 
 def _write() -> int:

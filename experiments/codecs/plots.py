@@ -14,33 +14,37 @@ from experiments.codecs.stacks import RECOMMENDED
 from experiments.codecs.tables import title
 
 from splitft.apps.plot_lines import LineChart, Series, draw_axes
-from splitft.apps.plots import HUES, Drawing, Scale, linear_scale, log_scale, spread
+from splitft.apps.plots import HUES, Drawing, Scale, linear_scale, log_scale
 
 IMAGES = ROOT / "docs" / "images"
-WIDTH_PX, PANEL_PX = 960, 470
+WIDTH_PX, PANEL_PX, NAMES_PX = 960, 420, 18
 HIGHEST = 6.0  # per cent of excess; what lies above is drawn at the edge
-LOWEST = -3.0
 CONTROLLERS = (("recommended", "c0"), ("recommended_bang_bang", "c1"), ("recommended_ddpg", "c3"), ("recommended_energy", "c2"))
 
 
 def pareto() -> str:
-    """A panel a setting: a dot a stack, numbered as in the table; the front as a line with its names."""
+    """A panel a setting: a dot a stack, numbered as in the table; the front as a line, its stacks by name."""
     panels = [(SETTINGS[name].heading, found) for name in PARETO if (found := places(load(name, MEDIUM)))]
-    drawing = Drawing(WIDTH_PX, PANEL_PX * max(1, len(panels)))
+    heights = [PANEL_PX + NAMES_PX * -(-len(front(found)) // 2) for _, found in panels]
+    drawing = Drawing(WIDTH_PX, sum(heights) or PANEL_PX)
     for index, (heading, found) in enumerate(panels):
-        _panel(drawing, heading, found, PANEL_PX * index)
+        _panel(drawing, heading, found, sum(heights[:index]))
     say = "Dots are stacks of codecs after ten epochs: share of the bytes of 16-bit values, against perplexity above the uncompressed."
     return stand_alone(drawing, "codecs-pareto", "Bytes against perplexity", say)
 
 
 def _panel(drawing: Drawing, heading: str, found: Sequence[Place], top: float) -> None:
+    best, excesses = front(found), [100 * place.excess for place in found]
+    drawing.text(20, top + 26, f"{heading}, {MEDIUM} epochs; the front:", "t title strong")
+    for index, place in enumerate(best):
+        name = f"{found.index(place) + 1} {title(place.stack)}: {100 * place.share:.1f} %, {100 * place.excess:+.2f} %"
+        drawing.text(20 + WIDTH_PX / 2 * (index % 2), top + 48 + NAMES_PX * (index // 2), name, "t small c1")
+    upper = top + 84 + NAMES_PX * -(-len(best) // 2)
     x = log_scale([100 * place.share for place in found], 70, WIDTH_PX - 30)
-    y = linear_scale([LOWEST, min(HIGHEST, max(100 * place.excess for place in found)), 1.0], top + PANEL_PX - 60, top + 70)
-    drawing.text(20, top + 26, f"{heading}, {MEDIUM} epochs", "t title strong")
+    y = linear_scale([min(0.0, *excesses), min(HIGHEST, max(excesses)), 1.0], upper + PANEL_PX - 150, upper)
     draw_axes(drawing, x, y, "bytes of the whole run, both directions, % of 16 bit (log scale)", "perplexity above the uncompressed, %")
     drawing.line(x.start_px, y(100 * WITHIN), x.end_px, y(100 * WITHIN), "line thin g-other dash")
     drawing.text(x.end_px, y(100 * WITHIN) - 5, "within 1 %", "t small", anchor="end")
-    best = front(found)
     drawing.path([_spot(place, x, y) for place in best], "line bold c1")
     for number, place in enumerate(found, 1):
         left, height = _spot(place, x, y)
@@ -48,7 +52,6 @@ def _panel(drawing: Drawing, heading: str, found: Sequence[Place], top: float) -
         drawing.circle(left, height, 5 if on_front else 4, f"dot {'c1' if on_front else 'c0'}", _hover(place))
         above = 100 * place.excess > HIGHEST
         drawing.text(left + 7, height + 4, f"{number}" + (f" ({100 * place.excess:.0f} % ↑)" if above else ""), "t small")
-    _names(drawing, found, best, x, y)
 
 
 def _spot(place: Place, x: Scale, y: Scale) -> tuple[float, float]:
@@ -57,15 +60,6 @@ def _spot(place: Place, x: Scale, y: Scale) -> tuple[float, float]:
 
 def _hover(place: Place) -> str:
     return f"{title(place.stack)}: {100 * place.share:.2f} % of the bytes, perplexity {100 * place.excess:+.2f} %"
-
-
-def _names(drawing: Drawing, found: Sequence[Place], best: Sequence[Place], x: Scale, y: Scale) -> None:
-    """The front's stacks by name, at the upper right where nothing lies."""
-    heights = spread([y.end_px + 16 + 15 * index for index in range(len(best))], 15, y.end_px + 12, y.start_px - 8)
-    for place, height in zip(best, heights, strict=True):
-        drawing.text(
-            x.end_px, height, f"{found.index(place) + 1} {title(place.stack)}", "t small strong", anchor="end", title=_hover(place)
-        )
 
 
 def course() -> str:

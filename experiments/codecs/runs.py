@@ -1,4 +1,4 @@
-"""One run after the other, each in a process of its own; a finished one is not run again, a broken-off one goes on."""
+"""All runs, some processes at a time; a finished one is not run again, a broken-off one goes on."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "experiments" / "results"
 COMMAND = "python -m experiments.codecs run --data TEXTS --models MODELS"
 MEDIUM, LONG = 10, 50
+TOGETHER = 4  # short runs of one process
 # Which stacks run for how many epochs, most telling first: targets in every setting, then all stacks, then controllers with time to learn.
 BOTH = (UNCOMPRESSED, RECOMMENDED)
 CONTROLLED = ("recommended_bang_bang", "recommended_ddpg", "recommended_energy")
@@ -49,6 +50,17 @@ class Job:
     @property
     def label(self) -> str:
         return f"{self.setting} {self.stack} seed {self.seed}, {self.epochs} epochs"
+
+    @property
+    def text(self) -> str:
+        """As a command takes it."""
+        return f"{self.setting}/{self.stack}/{self.seed}/{self.epochs}"
+
+    @classmethod
+    def read(cls, text: str) -> Job:
+        """The inverse of `text`; ValueError for what it cannot be."""
+        setting, stack, seed, epochs = text.split("/")
+        return cls(setting, stack, int(seed), int(epochs))
 
     def codecs(self) -> dict[str, Any]:
         """The stack as it is configured now; a kept run with other codecs is not this one."""
@@ -78,7 +90,7 @@ def jobs(
         listed += [(name, stack, MEDIUM) for name in chosen if name in PARETO for stack in stacks() if stack not in BOTH]
         listed += [(name, stack, LONG) for name in chosen if name == "shakespeare" for stack in CONTROLLED]
         found += [Job(name, stack, seed, length) for name, stack, length in listed if stack in names and length in epochs]
-    return found
+    return sorted(found, key=lambda job: job.setting == "e2e")  # the least telling last, else as they are
 
 
 def _is_wanted(setting: str, epochs: int) -> bool:
@@ -104,6 +116,8 @@ def train(job: Job, places: Places) -> None:
 
     folder = job.folder(places.work)
     begun = (folder / "config.toml").is_file()
+    if rounds_done(folder) >= LENGTHS[job.epochs].rounds:
+        return
     opened = splitft.open_run(parse_config(configuration(job, places)), resume=folder if begun else False)
     with contextlib.closing(opened):
         for _ in opened.rounds():
@@ -148,44 +162,71 @@ def keep(job: Job, found: list[list[float | None]], results: Path = RESULTS) -> 
 
 
 def run_all(todo: list[Job], places: Places, processes: int, results: Path = RESULTS, say: Callable[[str], None] = print) -> list[Job]:
-    """Train what is missing, so many processes at a time, and keep its figures at once; the jobs that failed."""
-    waiting = [job for job in todo if not is_kept(job, results)]
-    say(f"{len(todo) - len(waiting)} of {len(todo)} runs are kept already")
-    running: list[tuple[Job, subprocess.Popen[bytes]]] = []
+    """Train what is missing, so many processes at a time, and keep the figures of a process's runs when it ends; the jobs that failed."""
+    waiting = _together([job for job in todo if not is_kept(job, results)])
+    left = sum(len(group) for group in waiting)
+    say(f"{len(todo) - left} of {len(todo)} runs are kept already")
+    running: list[tuple[list[Job], subprocess.Popen[bytes]]] = []
     failed: list[Job] = []
     try:
         while waiting or running:
             while waiting and len(running) < processes:
-                job = waiting.pop(0)
-                running.append((job, _start(job, places)))
+                group = waiting.pop(0)
+                running.append((group, _start(group, places)))
             _wait_for_one(running)
-            for job, child in [pair for pair in running if pair[1].poll() is not None]:
-                running.remove((job, child))
-                folder = job.folder(places.work)
-                if child.returncode or rounds_done(folder) < LENGTHS[job.epochs].rounds:
-                    failed.append(job)
-                    say(f"FAILED {job.label}: see {folder}.log")
-                    continue
-                keep(job, points(folder), results)
-                shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-                say(f"done {job.label}, {len(waiting) + len(running)} left")
+            for group, child in [pair for pair in running if pair[1].poll() is not None]:
+                running.remove((group, child))
+                left -= len(group)
+                for job in group:
+                    if not _take(job, places, results):
+                        failed.append(job)
+                        say(f"FAILED {job.label}: see {_log(group, places)}")
+                    else:
+                        say(f"done {job.label}, {left} left")
     finally:
         for _, child in running:
             child.terminate()
     return failed
 
 
-def _start(job: Job, places: Places) -> subprocess.Popen[bytes]:
+def _together(listed: list[Job]) -> list[list[Job]]:
+    """What one process trains: a long run alone, some neighbouring short ones, since a process needs seconds to begin."""
+    groups: list[list[Job]] = []
+    for job in listed:
+        fits = groups and job.epochs < LONG and groups[-1][0].epochs < LONG and len(groups[-1]) < TOGETHER
+        if fits:
+            groups[-1].append(job)
+        else:
+            groups.append([job])
+    return groups
+
+
+def _take(job: Job, places: Places, results: Path) -> bool:
+    """Keep the figures of a run that has come to its end; whether it has."""
+    folder = job.folder(places.work)
+    if rounds_done(folder) < LENGTHS[job.epochs].rounds:
+        return False
+    keep(job, points(folder), results)
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    return True
+
+
+def _log(group: list[Job], places: Places) -> Path:
+    return Path(f"{group[0].folder(places.work)}.log")
+
+
+def _start(group: list[Job], places: Places) -> subprocess.Popen[bytes]:
     places.work.mkdir(parents=True, exist_ok=True)
-    SETTINGS[job.setting].data(places.texts, places.work)  # here, so that no two processes write it
+    for job in group:
+        SETTINGS[job.setting].data(places.texts, places.work)  # here, so that no two processes write it
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "experiments.codecs", "one", job.setting, job.stack, str(job.seed), str(job.epochs)]
+    command = [sys.executable, "-m", "experiments.codecs", "train", *(job.text for job in group)]
     command += ["--data", str(places.texts), "--models", str(places.models), "--work", str(places.work)]
-    with Path(f"{job.folder(places.work)}.log").open("wb") as log:
+    with _log(group, places).open("wb") as log:
         return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
 
 
-def _wait_for_one(running: list[tuple[Job, subprocess.Popen[bytes]]]) -> None:
+def _wait_for_one(running: list[tuple[list[Job], subprocess.Popen[bytes]]]) -> None:
     while all(child.poll() is None for _, child in running):
         with contextlib.suppress(subprocess.TimeoutExpired):
             running[0][1].wait(timeout=0.5)

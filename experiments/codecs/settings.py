@@ -127,18 +127,11 @@ class Setting:
 DOCSTRINGS = {"name": "python_docs", "max_documents": DOCUMENTS, "min_characters": 700}
 PAIRS = {"name": "jsonl", "prompt": "mr", "completion": "ref", "joint": "||"}
 LINES = {"name": "jsonl"}
-_PLAIN = (
-    Setting("python_docs", "embedded model, Python docstrings", "embedded", None, DOCSTRINGS, 5e-4),
-    Setting("e2e", "embedded model, E2E", "embedded", Text("e2e/train.jsonl.gz", ("mr", "ref")), PAIRS, 5e-4),
-    Setting(
-        "shakespeare",
-        "babyllama105, tinyshakespeare",
-        "babyllama105",
-        Text("tinyshakespeare/speeches.jsonl.gz", ("text",), 160),
-        LINES,
-        5e-4,
-    ),
-)
+SPEECHES = Text("tinyshakespeare/speeches.jsonl.gz", ("text",), 160)
+RESTAURANTS = Text("e2e/train.jsonl.gz", ("mr", "ref"))
+_DOCS = Setting("python_docs", "embedded model, Python docstrings", "embedded", None, DOCSTRINGS, 5e-4)
+_PLAYS = Setting("shakespeare", "babyllama105, tinyshakespeare", "babyllama105", SPEECHES, LINES, 5e-4)
+_MEALS = Setting("e2e", "embedded model, E2E", "embedded", RESTAURANTS, PAIRS, 5e-4)
 SETTINGS: Mapping[str, Setting] = {
-    one.name: one for plain in _PLAIN for one in (plain, replace(plain, name=f"{plain.name}-u", exit="client"))
-}
+    one.name: one for plain in (_DOCS, _PLAYS) for one in (plain, replace(plain, name=f"{plain.name}-u", exit="client"))
+} | {_MEALS.name: _MEALS}

@@ -115,7 +115,7 @@ def _published() -> list[Stack]:
             over("lowrank", CAST, rank=2 * LORA_RANK, bits=4),
             over("lowrank", CAST, rank=4 * LORA_RANK, bits=8),
         ),
-        Stack("aq_sgd", "AQ-SGD: residual(quantize 4) up, quantize 8 down", over("residual", quantize(4)), quantize(8)),
+        Stack("aq_sgd", "AQ-SGD: residual(quantize 4) up, quantize 8 down", over("residual", quantize(4), drift=False), quantize(8)),
         Stack("splitcom", "SplitCom: temporal 0.98 up, 16 bit down", temporal, CAST),
         Stack(
             "splitcom_int8", "SplitCom: temporal 0.98 over int8 up, int8 down", over("temporal", quantize(8), threshold=0.98), quantize(8)

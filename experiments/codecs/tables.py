@@ -67,7 +67,8 @@ def targets() -> str:
             runs = load(name, target.epochs).get(RECOMMENDED, []) if setting.exit == target.exit else []
             if runs:
                 taken, excess = [run.share(*target.starts) for run in runs], [run.excess() for run in runs]
-                words = [statistics.fmean(side) for side in zip(*((one.run.perplexity(), one.reference.perplexity()) for one in runs))]
+                sides = [one.run for one in runs], [one.reference for one in runs]
+                own, reference = (statistics.fmean(one.perplexity() for one in side) for side in sides)
                 rows.append(
                     (
                         setting.heading,
@@ -75,7 +76,7 @@ def targets() -> str:
                         f"{target.what} ≤ {100 * target.limit:g} %",
                         percent(taken),
                         percent(excess, sign=True),
-                        f"{words[0]:.2f} / {words[1]:.2f}",
+                        f"{own:.2f} / {reference:.2f}",
                         str(len(runs)),
                         _verdict(statistics.fmean(taken), target.limit, statistics.fmean(excess)),
                     )

@@ -35,7 +35,7 @@ def test_a_state_is_a_value(variant: Variant) -> None:
     """Given twice it gives the same twice, in either order of the ends, and it is itself never changed."""
     codec: Codec = variant.build()
     sender, receiver = codec.init(), codec.init()
-    for turn, now in enumerate(turns(3, 6, 1, 6, torch.float32, 5, TAME)):
+    for turn, now in enumerate(turns(3, 4, 1, 6, torch.float32, 5, TAME)):
         before = frozen(codec, sender), frozen(codec, receiver)
         rows = now.rows.clone()
         packet, after = codec.encode(rows, sender, draw(codec, turn), now.samples[0])
@@ -60,7 +60,7 @@ def test_a_state_is_a_value(variant: Variant) -> None:
 def test_without_commit_the_receiver_s_step_is_the_sender_s_too(variant: Variant) -> None:
     codec: Codec = variant.build()
     state = codec.init()
-    for turn, now in enumerate(turns(4, 6, 1, 6, torch.bfloat16, 5, TAME)):
+    for turn, now in enumerate(turns(4, 4, 1, 6, torch.bfloat16, 5, TAME)):
         told = now.samples
         [packet], [committed] = codec.encode_batch(now.rows, now.counts, [state], [draw(codec, turn)], told)
         [other], _ = codec.encode_batch(now.rows, now.counts, [state], [draw(codec, turn)], told, commit=False)
@@ -95,7 +95,7 @@ def long_run(codec: Codec, steps: int, kinds: tuple[str, ...], seed: int, path: 
         decoded, receiver = used.decode(packet, receiver, told)
         repeated, other_receiver = used.decode(twin, other_receiver, told)
         assert same_bits(decoded, repeated)
-        assert len(packet.payload) <= used.payload_bytes(*now.rows.shape, now.rows.dtype)
+        assert len(packet.payload) <= used.payload_bytes(now.rows.shape[0], now.rows.shape[1], now.rows.dtype)
         if turn % 9 == 0 or turn == steps - 1:
             assert same_state(codec, sender, other_sender)
             assert same_state(codec, receiver, other_receiver)
@@ -112,7 +112,7 @@ def long_run(codec: Codec, steps: int, kinds: tuple[str, ...], seed: int, path: 
 @pytest.mark.parametrize("variant", REMEMBERING, ids=repr)
 def test_both_ends_stay_in_step_through_skips_evictions_restarts_and_turns_of_the_dial(variant: Variant) -> None:
     codec: Codec = variant.build()
-    long_run(codec, 40, kinds_for(variant), 5)
+    long_run(codec, 24, kinds_for(variant), 5)
 
 
 BUDGETS: list[dict[str, Any]] = [
@@ -127,7 +127,7 @@ BUDGETS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("name", ["residual", "temporal", "lowrank"])
 def test_both_ends_stay_in_step_for_hundreds_of_packets_under_a_tiny_budget(name: str, fields: dict[str, Any], tmp_path: Path) -> None:
     """Restarts here go through a file. Caches drop and spill all the time: a sample is known less often than it comes back."""
-    steps = 90 if name == "lowrank" else 250
+    steps = 60 if name == "lowrank" else 150
     sums = long_run(Variant("uplink", name, fields).build(), steps, TAME, 6, tmp_path / "state.safetensors")
     assert sums["samples"] > 2 * steps
     if name == "temporal":
@@ -146,7 +146,7 @@ def test_what_lies_in_a_file_is_as_good_as_what_lies_in_memory(name: str) -> Non
         sender, receiver = codec.init(), codec.init()
         sizes.append([])
         found.append([])
-        for turn, now in enumerate(turns(7, 120, 1, 5, torch.float32, 9, TAME)):
+        for turn, now in enumerate(turns(7, 80, 1, 5, torch.float32, 9, TAME)):
             packet, sender = codec.encode(now.rows, sender, draw(codec, turn), now.samples[0])
             decoded, receiver = codec.decode(packet, receiver, now.samples[0])
             sizes[-1].append(len(packet.payload))
@@ -156,14 +156,15 @@ def test_what_lies_in_a_file_is_as_good_as_what_lies_in_memory(name: str) -> Non
     assert sizes[0] != sizes[2]
 
 
+@pytest.mark.parametrize("drift", [True, False])
 @pytest.mark.parametrize("bound", [0.5, 0.05])
 @pytest.mark.parametrize("cache_dtype", ["bfloat16", "float32"])
-def test_errors_of_changes_do_not_add_up(bound: float, cache_dtype: str) -> None:
+def test_errors_of_changes_do_not_add_up(bound: float, cache_dtype: str, drift: bool) -> None:
     """Closed loop: after any number of visits a value is within the bound of its packet's root mean square, and the cache's rounding."""
-    codec = Residual(inner=ErrorBounded(bound=bound, of="absolute"), cache_dtype=cache_dtype)  # type: ignore[arg-type]
+    codec = Residual(inner=ErrorBounded(bound=bound, of="absolute"), drift=drift, cache_dtype=cache_dtype)  # type: ignore[arg-type]
     samples, sender, receiver = Samples((4, 9), (5, 3)), codec.init(), codec.init()
     rows = torch.randn(8, 12, generator=torch_stream(1, "closed-loop"))
-    for visit in range(400):
+    for visit in range(120):
         rows = rows * 0.999 + 0.03 * torch.randn(8, 12, generator=torch_stream(2, "closed-loop", visit))
         packet, sender = codec.encode(rows, sender, None, samples)
         decoded, receiver = codec.decode(packet, receiver, samples)

@@ -23,7 +23,11 @@ CODEC_FIELDS: dict[str, list[dict[str, Any]]] = {
     ],
     "topk": [{"share": 0.3, "random": 0.4}, {"share": 1.0}],
     "randk": [{"share": 0.4, "unbiased": False}],
-    "residual": [{"cache_mb": 0.0003, "evict": "oldest"}, {"inner": "cast", "cache_dtype": "float32", "cache_mb": 0.0003, "spill": True}],
+    "residual": [
+        {"cache_mb": 0.0003, "evict": "oldest"},
+        {"ignore": 0.1, "drift": False},
+        {"inner": "cast", "cache_dtype": "float32", "cache_mb": 0.0003, "spill": True},
+    ],
     "temporal": [
         {"cache_mb": 0.0003, "evict": "oldest", "dimensions": 3},
         {"threshold": 0.5, "cache_dtype": "float16", "cache_mb": 0.0002},

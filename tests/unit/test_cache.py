@@ -60,7 +60,7 @@ def test_thousands_of_steps_agree_with_the_model_and_with_the_notes(budget: Budg
                 model.entries.move_to_end(one)
         else:
             changed, noted = cache.put(told, rows), ledger.put(told, rows[:, :2], width)
-            for one, part in zip(ids, rows.split(list(told.rows)), strict=True):
+            for one, part in zip(ids, torch.split(rows, list(told.rows)), strict=True):
                 model.put(one, part)
         assert (dict(cache.entries), dict(ledger.entries)) == before, "a cache is a value"
         cache, ledger = changed, noted

@@ -86,8 +86,8 @@ def test_bytes_are_the_sums_of_the_journal_and_nothing_is_left_out(tmp_path: Pat
 
 
 def as_kept(folder: Path, stack: str) -> measures.Kept:
-    lines = {int(line[0] or 0): dict(zip(figures.COLUMNS, line, strict=True)) for line in figures.points(folder)}
-    return measures.Kept(stack, 0, lines)  # type: ignore[arg-type]
+    lines = [dict(zip(figures.COLUMNS, line, strict=True)) for line in figures.points(folder)]
+    return measures.Kept(stack, 2, 0, lines)  # type: ignore[arg-type]
 
 
 def test_a_run_of_16_bit_values_is_one_hundred_per_cent_but_for_its_headers(tmp_path: Path) -> None:
@@ -95,38 +95,40 @@ def test_a_run_of_16_bit_values_is_one_hundred_per_cent_but_for_its_headers(tmp_
     reference = as_kept(trained(tmp_path, "reference", **bare, adapter_uplink={"name": "identity"}), UNCOMPRESSED)
     cast = as_kept(trained(tmp_path, "cast", **bare, adapter_uplink=CAST), "cast")
     packets = 3 * 2 * 2  # of adapters: clients, rounds, directions
-    plain = measures.plain_bytes(reference, 2, "up_", "down_")
-    assert 0 <= cast.sent(2, "up_", "down_") - plain <= 16 * packets, "half a header of 32 bytes for each packet of adapters"
+    plain = measures.plain_bytes(reference, "up_", "down_")
+    assert 0 <= cast.sent("up_", "down_") - plain <= 16 * packets, "half a header of 32 bytes for each packet of adapters"
     against = measures.Against(cast, reference)
-    assert against.share(2, "up_activations") == 1.0
-    assert against.total(2) == pytest.approx(against.part(2, "up_") + against.part(2, "down_"))
+    assert against.share("up_activations") == against.share("up_activations", index=1) == 1.0
+    assert against.total() == pytest.approx(against.part("up_") + against.part("down_"))
 
 
 def line(loss: float, sent: float, seconds: float) -> dict[str, float]:
     return {"loss": loss, "up_activations": sent, "down_gradients": sent, "up_adapters": 2.0, "virtual_s slow": seconds}
 
 
-def test_seconds_are_those_of_the_first_epoch_within_the_tolerance() -> None:
+def test_seconds_are_those_of_the_first_round_within_the_tolerance() -> None:
     losses = [3.0, 2.5, 2.005, 2.02, 1.9]
-    run = measures.Kept("one", 0, {epoch: line(loss, 10.0 * epoch, 7.0 * epoch) for epoch, loss in enumerate(losses)})
-    reference = measures.Kept(UNCOMPRESSED, 0, {epoch: line(2.0, 50.0 * epoch, epoch) for epoch in range(5)})
+    run = measures.Kept("one", 4, 0, [line(loss, 10.0 * index, 7.0 * index) for index, loss in enumerate(losses)])
+    reference = measures.Kept(UNCOMPRESSED, 4, 0, [line(2.0, 50.0 * index, index) for index in range(5)])
     against = measures.Against(run, reference)
-    assert against.seconds("slow", 4) == 14.0, "exp(2.005) is within 1 % of exp(2), and it is reached in epoch 2"
-    assert against.seconds("slow", 1) is None
+    assert against.seconds("slow") == 14.0, "exp(2.005) is within 1 % of exp(2), and it is reached in round 2"
+    lower = measures.Kept(UNCOMPRESSED, 4, 0, [line(1.88, 50.0 * index, index) for index in range(5)])
+    assert measures.Against(run, lower).seconds("slow") is None
     assert against.excess(3) == pytest.approx(math.exp(0.02) - 1)
     assert against.loss_excess(3) == pytest.approx(0.01)
-    assert against.share(2, "up_") == pytest.approx(22.0 / 101.0), "20 + 2 adapters of 100 + 1"
+    assert against.loss_excess() == pytest.approx(-0.05)
+    assert against.share("up_", index=2) == pytest.approx(22.0 / 101.0), "20 + 2 adapters of 100 + 1"
 
 
 def test_the_front_holds_whatever_no_other_stack_is_better_than_in_both() -> None:
     draw = np.random.default_rng(0)
     for _ in range(50):
         drawn = draw.integers(1, 9, (12, 2))
-        reference = measures.Kept(UNCOMPRESSED, 0, {1: line(1.0, 10.0, 1.0)})
+        reference = measures.Kept(UNCOMPRESSED, 1, 0, [line(1.0, 10.0, 1.0)])
         grouped = {}
         for number, (sent, extra) in enumerate(drawn.tolist()):
-            grouped[f"s{number:02d}"] = [measures.Against(measures.Kept("x", 0, {1: line(1.0 + extra / 100, sent, 1.0)}), reference)]
-        found = measures.places(grouped, 1)
+            grouped[f"s{number:02d}"] = [measures.Against(measures.Kept("x", 1, 0, [line(1.0 + extra / 100, sent, 1.0)]), reference)]
+        found = measures.places(grouped)
         spots = {(place.share, place.excess) for place in found}
         best = {one for one in spots if not any(other != one and other[0] <= one[0] and other[1] <= one[1] for other in spots)}
         assert {(place.share, place.excess) for place in measures.front(found)} == best
@@ -137,17 +139,17 @@ def test_the_front_holds_whatever_no_other_stack_is_better_than_in_both() -> Non
 
 
 def test_a_finished_run_is_kept_once_and_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    job = runs.Job("python_docs", "cast", 1, 2)
+    job = runs.Job("python_docs", "cast", 1, 3)
     width = len(figures.COLUMNS)
     points: list[list[float | None]] = [[float(epoch)] * width for epoch in range(3)]
     assert not runs.is_kept(job, tmp_path)
     runs.keep(job, points, tmp_path)
-    runs.keep(runs.Job("python_docs", UNCOMPRESSED, 1, 2), points, tmp_path)
+    runs.keep(runs.Job("python_docs", UNCOMPRESSED, 1, 3), points, tmp_path)
     runs.keep(job, points, tmp_path)
     assert [run["stack"] for run in runs.kept("python_docs", tmp_path)] == [UNCOMPRESSED, "cast"]
     assert runs.is_kept(job, tmp_path)
-    assert not runs.is_kept(runs.Job("python_docs", "cast", 1, 3), tmp_path), "one of more epochs"
-    assert not runs.is_kept(runs.Job("python_docs", "cast", 2, 2), tmp_path), "another seed"
+    assert not runs.is_kept(runs.Job("python_docs", "cast", 1, 10), tmp_path), "another length"
+    assert not runs.is_kept(runs.Job("python_docs", "cast", 2, 3), tmp_path), "another seed"
     said: list[str] = []
     places = runs.Places(tmp_path, tmp_path, tmp_path / "work")
     assert runs.run_all([job], places, 1, tmp_path, said.append) == []
@@ -163,11 +165,21 @@ def test_a_finished_run_is_kept_once_and_not_run_again(tmp_path: Path, monkeypat
 def test_what_is_run_and_in_which_order() -> None:
     listed = runs.jobs([0, 1])
     assert len(set(listed)) == len(listed)
-    assert [job.seed for job in listed] == sorted(job.seed for job in listed)
-    assert {job.stack for job in listed if job.setting == "python_docs" and job.seed == 1} == set(stacks())
-    assert {(job.stack, job.rounds) for job in listed if job.setting == "e2e-u"} == {(UNCOMPRESSED, 50), (RECOMMENDED, 50)}
+    assert listed[0] == runs.Job("python_docs", UNCOMPRESSED, 0, 1)
+    both = {UNCOMPRESSED, RECOMMENDED}
+    for setting in ("python_docs", "shakespeare"):
+        assert {job.stack for job in listed if (job.setting, job.seed, job.epochs) == (setting, 1, 10)} == set(stacks())
+        assert {(job.stack, job.epochs) for job in listed if job.setting == f"{setting}-u"} == {(stack, 50) for stack in both}
+    for epochs in settings.LENGTHS:
+        assert both <= {job.stack for job in listed if (job.setting, job.epochs) == ("e2e", epochs)}
+    assert all(any(one == runs.Job(job.setting, UNCOMPRESSED, job.seed, job.epochs) for one in listed) for job in listed), "its reference"
+    assert [runs.Job.read(job.text) for job in listed] == listed
+    groups = runs._together(listed)
+    assert [job for group in groups for job in group] == listed
+    assert all(len(group) == 1 or max(job.epochs for job in group) < 50 for group in groups)
     assert runs.jobs([0], ["topk"], ["shakespeare"]) == [runs.Job("shakespeare", "topk", 0, 10)]
-    assert all(job.rounds == 2 for job in runs.jobs([0], quick=True))
+    assert all(job.epochs == 1 for job in runs.jobs([0], quick=True))
+    assert {job.epochs for job in runs.jobs([0], lengths=[3])} == {3}
     with pytest.raises(ValueError, match="unknown: nonsense"):
         runs.jobs([0], ["nonsense"])
 
@@ -187,12 +199,13 @@ def test_records_are_different_and_evenly_spaced(tmp_path: Path) -> None:
 def test_every_stack_and_setting_is_a_configuration_that_can_be_built(tmp_path: Path) -> None:
     places = runs.Places(tmp_path, tmp_path, tmp_path)
     for stack in stacks():
-        for setting in ("python_docs", "python_docs-u"):
-            components = build_components(parse_config(runs.configuration(runs.Job(setting, stack, 0, 10), places)))
+        for setting, epochs in (("python_docs", 10), ("python_docs-u", 50)):
+            components = build_components(parse_config(runs.configuration(runs.Job(setting, stack, 0, epochs), places)))
             assert components.uplink is not None
     for name, setting in settings.SETTINGS.items():
-        steps = setting.values(0, 10)["train"]["local_steps"]
-        assert steps * settings.BATCH_ROWS == settings.ROWS, "a round is an epoch"
+        for epochs, length in settings.LENGTHS.items():
+            assert length.rounds * length.local_steps * settings.BATCH_ROWS == epochs * settings.ROWS, "whole epochs"
+            assert setting.values(0, epochs)["rounds"] == length.rounds
         assert setting.exit == ("client" if name.endswith("-u") else "server")
 
 

@@ -22,9 +22,9 @@ from splitft.adapt.profiles import PRESETS, assign_profiles, find_profile, load_
 from splitft.aggregate.base import Aggregator
 from splitft.apps.capacity import kept_kinds, largest_pass, open_shelf
 from splitft.apps.combinations import clashes_of
+from splitft.apps.costs import cost_model
 from splitft.apps.executors import executor_of, in_slots, require_engine
-from splitft.clock import Network
-from splitft.compress.base import HEADER_BYTES, Codec
+from splitft.compress.base import Codec
 from splitft.compress.same import Same
 from splitft.config import Component, RunConfig
 from splitft.control.base import Controller
@@ -241,7 +241,11 @@ def assemble(config: RunConfig, on_stage: OnStage = lambda name: None, folder: P
             f'synchronisation "{config.synchronisation.name}" would drop the work of clients that are missing at an aggregation.',
             "choose a fleet without drop-outs in which everyone is available.",
         )
-    costs = tuple(cost_model(config, shape, server, components, layout, base, math.ceil(one.train.lengths.mean())) for one in data.clients)
+    drawn = config.rounds * config.train.local_steps * config.train.gradient_accumulation * config.train.batch_size
+    costs = tuple(
+        cost_model(config, shape, server, components, layout, base, math.ceil(one.train.lengths.mean()), drawn / len(one.train))
+        for one in data.clients
+    )
     executor, close = executor_of(config, components, base, federation, largest_pass(config, federation, costs, kinds), on_stage)
     return Assembly(
         config,
@@ -328,48 +332,6 @@ def fleet_of(config: RunConfig, clients: int) -> tuple[tuple[Device, ...], Profi
         for one in drawn
     )
     return devices, find_profile(section.server_profile, known)
-
-
-def network_of(config: RunConfig, server: Profile) -> Network:
-    """What the clients share: what they send is the server's downlink, what it sends them its uplink."""
-    section = config.network
-    return Network(
-        section.server_slots,
-        section.shared_link,
-        server.downlink_bytes_per_s,
-        server.uplink_bytes_per_s,
-        section.downlink_order,
-        section.pipeline,
-    )
-
-
-def cost_model(
-    config: RunConfig, shape: ModelShape, server: Profile, components: Components, layout: Layout, base: Base, tokens: int
-) -> CostModel:
-    """The cost model of one client whose rows have `tokens` tokens on average."""
-    probe = (config.train.batch_size * tokens, shape.hidden_size)  # a step's packet: what a codec sends once for each is shared by all rows
-    values = math.prod(probe)
-    return CostModel(
-        shape=shape,
-        server=server,
-        batch_size=config.train.batch_size,
-        sequence_tokens=tokens,
-        rank=max(entry.rank for entry in layout.entries),
-        local_steps=config.train.local_steps,
-        exit_on_client=config.split.labels == "client",
-        tail_blocks=config.split.tail_blocks,
-        modules=tuple(sorted({entry.key.module for entry in layout.entries})),
-        weight_bytes=base.dtype.itemsize,
-        compute_bytes=base.dtype.itemsize,
-        uplink_bytes_per_value=components.uplink.expected_bytes(*probe, base.dtype) / values,
-        downlink_bytes_per_value=components.downlink.expected_bytes(*probe, base.dtype) / values,
-        label_bytes=2 if shape.vocabulary < 65_535 else 4,
-        packet_header_bytes=HEADER_BYTES,
-        checkpointing=config.model.gradient_checkpointing,
-        minimum_cut=config.split.minimum_cut,
-        maximum_cut=config.split.maximum_cut,
-        network=network_of(config, server),
-    )
 
 
 def identity_of(config: RunConfig, split: SplitModel, data: FederatedData, layout: Layout) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from splitft.apps.report_text import bytes_text, number_text, percent_text, shor
 from splitft.compress.base import HEADER_BYTES, Codec
 from splitft.compress.cast import Cast
 from splitft.config import RunConfig
+from splitft.engine.adapters import ROW
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -38,7 +39,7 @@ class Stream:
     """The packets of one tensor in a whole run: `rows` x `width` values of `dtype` in each, `packets` of all clients together.
 
     `place` begins with the direction ("up activations"). `epochs`: how often the same samples are sent; None where that is the number
-    of epochs of the data.
+    of epochs of the data. `samples`: in a packet.
     """
 
     place: str
@@ -48,6 +49,7 @@ class Stream:
     dtype: torch.dtype
     packets: float
     epochs: float | None = None
+    samples: int = 1
 
 
 class StreamPlan(NamedTuple):
@@ -110,11 +112,16 @@ def streams_of(shapes: Shapes, codecs: Mapping[str, Codec], exit_on_client: bool
         cut = {"up activations": "uplink", "down activations": "exit_downlink", "up gradients": "exit_uplink", "down gradients": "downlink"}
     rows = shapes.batch_rows * shapes.row_tokens
     kept = cut.items() if shapes.exchanges else ()
-    found = [Stream(place, codecs[name], rows, shapes.hidden_size, shapes.dtype, shapes.exchanges) for place, name in kept]
+    found = [
+        Stream(place, codecs[name], rows, shapes.hidden_size, shapes.dtype, shapes.exchanges, samples=shapes.batch_rows)
+        for place, name in kept
+    ]
     values = round(shapes.adapter_values)
     adapters = {"up adapters": "adapter_uplink", "down adapters": "adapter_downlink"} if values else {}
     for place, name in adapters.items():
-        found.append(Stream(place, codecs[name], 1, values, torch.float32, shapes.participations, max(1.0, shapes.client_rounds)))
+        # A codec that loses something is given changes, in rows of a fixed width.
+        form = (1, values) if codecs[name].lossless else (-(-values // ROW), ROW)
+        found.append(Stream(place, codecs[name], *form, torch.float32, shapes.participations, max(1.0, shapes.client_rounds)))
     return found
 
 
@@ -138,7 +145,7 @@ def _planned(stream: Stream, epochs: Sequence[float]) -> StreamPlan:
 
 def packet_bytes(stream: Stream, visit: int) -> float:
     """Expected bytes of one packet whose samples were sent `visit` times before, header included."""
-    return HEADER_BYTES + stream.codec.expected_bytes(stream.rows, stream.width, stream.dtype, visit)
+    return HEADER_BYTES + stream.codec.expected_bytes(stream.rows, stream.width, stream.dtype, visit, stream.samples)
 
 
 def run_bytes(stream: Stream, epochs: float) -> float:

@@ -14,7 +14,8 @@ from splitft.adapt.base import Policy
 from splitft.adapt.choose import reference_step_s
 from splitft.adapt.cost import CostModel
 from splitft.adapt.schedule import step_seconds
-from splitft.apps.assemble import CODEC_SEAMS, Components, build_components, cost_model, fleet_of, load_base
+from splitft.apps.assemble import CODEC_SEAMS, Components, build_components, fleet_of, load_base
+from splitft.apps.costs import cost_model
 from splitft.apps.plan import mark_configured, plan_table, render_plan
 from splitft.apps.plan_codecs import plan_codecs, render_codecs, shapes_of, streams_of
 from splitft.apps.plan_fleet import TABLES_SHOWN, Manner, fleet_plan, render_fleet

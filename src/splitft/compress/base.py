@@ -201,8 +201,9 @@ class Codec(ABC):
     def payload_bytes(self, count: int, width: int, dtype: torch.dtype) -> int:
         """Length of the payload of `count` rows of `width` channels, both at least one: exact, or an upper bound at a variable rate."""
 
-    def expected_bytes(self, count: int, width: int, dtype: torch.dtype, visit: int = 0) -> float:
-        """About how long that payload will be, for plans, when its samples have been sent `visit` times before."""
+    def expected_bytes(self, count: int, width: int, dtype: torch.dtype, visit: int = 0, samples: int = 1) -> float:
+        """About how long that payload will be, for plans, when its rows are `samples` samples of equal length that have been sent `visit`
+        times before."""
         return float(self.payload_bytes(count, width, dtype))
 
     def stride_bytes(self, dtype: torch.dtype) -> int:

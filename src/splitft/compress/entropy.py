@@ -89,8 +89,8 @@ class Entropy(Wrapper):
     def payload_bytes(self, count: int, width: int, dtype: torch.dtype) -> int:
         return FORM_BYTES + self.inner.payload_bytes(count, width, dtype)
 
-    def expected_bytes(self, count: int, width: int, dtype: torch.dtype, visit: int = 0) -> float:
-        return FORM_BYTES + self.inner.expected_bytes(count, width, dtype, visit) / TYPICAL_RATIOS.get(self._stride(dtype), 1.0)
+    def expected_bytes(self, count: int, width: int, dtype: torch.dtype, visit: int = 0, samples: int = 1) -> float:
+        return FORM_BYTES + self.inner.expected_bytes(count, width, dtype, visit, samples) / TYPICAL_RATIOS.get(self._stride(dtype), 1.0)
 
     def _stride(self, dtype: torch.dtype) -> int:
         return self.item_bytes or self.inner.stride_bytes(dtype)

@@ -75,7 +75,7 @@ class ErrorBounded(Codec):
     def payload_bytes(self, count: int, width: int, dtype: torch.dtype) -> int:
         return 4 * self._steps(count, width) + most_code_bytes(count, width)
 
-    def expected_bytes(self, count: int, width: int, dtype: torch.dtype, visit: int = 0) -> float:
+    def expected_bytes(self, count: int, width: int, dtype: torch.dtype, visit: int = 0, samples: int = 1) -> float:
         """For values of a normal distribution: log2 of their spread in steps, and the entropy of its shape."""
         share = self.bound * (8.0 if self.of == "range" else 1.0) if self.of != "absolute" else self.bound
         bits = max(0.05, math.log2(math.sqrt(2 * math.pi * math.e) / self._step_of(share) + 1.0))

@@ -114,8 +114,8 @@ class Feedback(Wrapper):
     def payload_bytes(self, count: int, width: int, dtype: torch.dtype) -> int:
         return self.inner.payload_bytes(count, width, dtype)
 
-    def expected_bytes(self, count: int, width: int, dtype: torch.dtype, visit: int = 0) -> float:
-        return self.inner.expected_bytes(count, width, dtype, visit)
+    def expected_bytes(self, count: int, width: int, dtype: torch.dtype, visit: int = 0, samples: int = 1) -> float:
+        return self.inner.expected_bytes(count, width, dtype, visit, samples)
 
 
 def _owing(own: Owed, samples: Samples | None, count: int, width: int) -> Tensor:

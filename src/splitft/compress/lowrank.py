@@ -112,11 +112,12 @@ class LowRank(Wrapper):
         most = min(self.rank, count, width)
         return count * (1 + factor_bytes(most, width, self.bits)) + self.inner.payload_bytes(count, width, dtype)
 
-    def expected_bytes(self, count: int, width: int, dtype: torch.dtype, visit: int = 0) -> float:
-        """Of rows that are one sample; with `energy` the rank is taken to be the largest."""
+    def expected_bytes(self, count: int, width: int, dtype: torch.dtype, visit: int = 0, samples: int = 1) -> float:
+        """With `energy` the rank is taken to be the largest."""
         if not visit:
-            return self.inner.expected_bytes(count, width, dtype)
-        return 1.0 + min(self.rank, count, width) * factor_bytes(count, width, self.bits)
+            return self.inner.expected_bytes(count, width, dtype, visit, samples)
+        tokens = max(1, count // samples)
+        return samples * (1.0 + min(self.rank, tokens, width) * factor_bytes(tokens, width, self.bits))
 
     def pack_rows(self, rows: Tensor, parts: Parts) -> Packed:
         require_finite(rows, "tensor to send")

@@ -79,9 +79,9 @@ class Projection(Wrapper):
     def payload_bytes(self, count: int, width: int, dtype: torch.dtype) -> int:
         return HEAD.size + self._basis_bytes(width) + self.inner.payload_bytes(count, self._coordinates(width), torch.float32)
 
-    def expected_bytes(self, count: int, width: int, dtype: torch.dtype, visit: int = 0) -> float:
+    def expected_bytes(self, count: int, width: int, dtype: torch.dtype, visit: int = 0, samples: int = 1) -> float:
         # About one bit a value less than without, which is what principal axes were measured to save on hidden states.
-        inner = self.inner.expected_bytes(count, self._coordinates(width), torch.float32, visit)
+        inner = self.inner.expected_bytes(count, self._coordinates(width), torch.float32, visit, samples)
         return HEAD.size + (max(0.35 * inner, inner - count * width / 8) if self.basis == "learned" else inner)
 
     def pack_rows(self, rows: Tensor, parts: Parts) -> Packed:
@@ -181,15 +181,13 @@ def _principal_axes(rows: Tensor, count: int) -> Tensor:
 def _known(codes: Tensor) -> _Known:
     """A basis from its whole numbers. Raises CodecError when they are none."""
     rows = codes.double() / (BASIS_STEPS * math.sqrt(codes.shape[1]))
-    if codes.shape[0] == codes.shape[1]:
-        forward, fault = torch.linalg.inv_ex(rows)
-        if int(fault) or not bool(torch.isfinite(forward).all()) or float(forward.abs().amax()) > 1e4:
-            raise CodecError("a received basis cannot be inverted.", "the message is damaged.")
-    else:
-        square, fault = torch.linalg.inv_ex(rows @ rows.T)
-        forward = rows.T @ square
-        if int(fault) or not bool(torch.isfinite(forward).all()) or float(forward.abs().amax()) > 1e4:
-            raise CodecError("a received basis has axes that depend on each other.", "the message is damaged.")
+    square = codes.shape[0] == codes.shape[1]
+    inverse, fault = torch.linalg.inv_ex(rows if square else rows @ rows.T)
+    forward = inverse if square else rows.T @ inverse
+    sound = not int(fault) and bool(torch.isfinite(forward).all()) and float(forward.abs().amax()) <= 1e4
+    # Of axes that depend on each other an inverse may come out too, which is none.
+    if not sound or float((rows @ forward - torch.eye(len(rows), dtype=torch.float64)).abs().amax()) > 1e-6:
+        raise CodecError("a received basis cannot be inverted: its axes depend on each other.", "the message is damaged.")
     return _Known(codes, forward.float(), rows.float())
 
 

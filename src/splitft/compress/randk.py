@@ -88,8 +88,8 @@ class RandK(Wrapper):
     def payload_bytes(self, count: int, width: int, dtype: torch.dtype) -> int:
         return SEED_BYTES + self.inner.payload_bytes(count, kept_channels(self.share, width), dtype)
 
-    def expected_bytes(self, count: int, width: int, dtype: torch.dtype, visit: int = 0) -> float:
-        return SEED_BYTES + self.inner.expected_bytes(count, kept_channels(self.share, width), dtype, visit)
+    def expected_bytes(self, count: int, width: int, dtype: torch.dtype, visit: int = 0, samples: int = 1) -> float:
+        return SEED_BYTES + self.inner.expected_bytes(count, kept_channels(self.share, width), dtype, visit, samples)
 
 
 def _seed(generator: torch.Generator | None) -> int:

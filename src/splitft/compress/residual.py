@@ -1,6 +1,6 @@
 """Send what has changed since the same sample was last sent.
 
-The payload of a packet: scale f32 | u16 length and bytes of the drift, coded numbers [1 d] | payload of the codec inside, over
+The payload of a packet: scale f32 | u32 length and bytes of the drift, coded numbers [1 d] | payload of the codec inside, over
 (rows - cache) / scale - drift.
 
 Axes: q rows (tokens), d channels.
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -24,7 +24,7 @@ from splitft.compress.error_bounded import ErrorBounded
 from splitft.compress.wrapper import Nested, Wrapper, on_cpu
 from splitft.errors import CodecError, ConfigError
 
-HEAD = struct.Struct("<fH")
+HEAD = struct.Struct("<fI")
 # Of the scale: the drift is rounded to steps so small that it may be taken as exact.
 DRIFT_STEPS = 256.0
 LARGEST_DRIFT = 2.0**14
@@ -92,8 +92,8 @@ class Residual(Wrapper):
     def payload_bytes(self, count: int, width: int, dtype: torch.dtype) -> int:
         return HEAD.size + self._drift_bytes(width) + self.inner.payload_bytes(count, width, torch.float32)
 
-    def expected_bytes(self, count: int, width: int, dtype: torch.dtype, visit: int = 0) -> float:
-        inner = self.inner.expected_bytes(count, width, torch.float32, visit)
+    def expected_bytes(self, count: int, width: int, dtype: torch.dtype, visit: int = 0, samples: int = 1) -> float:
+        inner = self.inner.expected_bytes(count, width, torch.float32, visit, samples)
         # Only a codec of variable rate has less to say of a small change.
         follows = inner < 0.9 * self.inner.payload_bytes(count, width, torch.float32)
         return HEAD.size + (LATER_SHARE if visit and follows else 1.0) * inner
@@ -109,29 +109,22 @@ class Residual(Wrapper):
         scales = [_scale(part, moved) for part, moved in pairs]
         for part, scale in zip(torch.split(change, list(parts.counts)), scales, strict=True):
             part.div_(scale)
-        drifts = [
-            self._take_drift(state.own, one, part)
-            for state, one, part in zip(parts.states, samples, torch.split(change, list(parts.counts)), strict=True)
-        ]
+        energies = [_known_energy(*told_of) * scale**2 for told_of, scale in zip(_each(parts, change), scales, strict=True)]
+        drifts = [self._take_drift(cache, one, part) for cache, one, part in _each(parts, change)]
         sent, left = self._without_small(change, samples, parts, width)
         inside = parts.inside([state.inner for state in parts.states])
         packed = self.inner.pack_rows(sent, inside)
         payloads: list[Payload] = [
             HEAD.pack(scale, len(drift)) + drift + payload for scale, drift, payload in zip(scales, drifts, packed.payloads, strict=True)
         ]
-        facts = [
-            {**known, **self._facts(state.own, one, part, moved * scale, known, scale, over)}
-            for known, state, one, part, moved, scale, over in zip(
-                packed.facts,
-                parts.states,
-                samples,
-                torch.split(now, list(parts.counts)),
-                torch.split(change, list(parts.counts)),
-                scales,
-                left,
-                strict=True,
-            )
-        ]
+        facts = []
+        for k, (cache, one, rows_now) in enumerate(_each(parts, now)):
+            fact = {**packed.facts[k], **_energies(cache, one, rows_now), "stage_drift_bytes": float(len(drifts[k]))}
+            if "known_squared" in fact:
+                fact["residual_squared"] = energies[k]
+            if "squared_error" in fact:
+                fact["squared_error"] = (fact["squared_error"] + left[k]) * scales[k] ** 2
+            facts.append(fact)
         if not parts.commit and self.mirrored:
             return Packed(payloads, list(parts.states), facts)
         # The sender decodes its own packets: what it keeps is what the receiver will have, whatever the codec inside loses.
@@ -190,7 +183,7 @@ class Residual(Wrapper):
         return float(scale), torch.from_numpy(codes[0]) / DRIFT_STEPS, body[size:]
 
     def _drift_bytes(self, width: int) -> int:
-        return min(most_code_bytes(1, width), 0xFFFF) if self.drift else 0
+        return most_code_bytes(1, width) if self.drift else 0
 
     def _without_small(self, change: Tensor, samples: Sequence[Samples], parts: Parts, width: int) -> tuple[Tensor, list[float]]:
         """The change with what is to be ignored as zero, and of each packet the energy that leaves behind."""
@@ -203,20 +196,6 @@ class Residual(Wrapper):
 
     def _budget(self) -> Budget:
         return Budget(self.cache_mb, self.evict, self.cache_dtype, self.spill)
-
-    def _facts(
-        self, cache: Cache, samples: Samples, now: Tensor, change: Tensor, inner: Mapping[str, float], scale: float, left: float
-    ) -> dict[str, float]:
-        """Energies of the rows and of their change, over known samples; the inner codec's error in units of the rows."""
-        known = cache.known(samples, now.shape[1])
-        found = {"samples": float(len(known)), "known_samples": float(sum(known)), "squared": _energy(now)}
-        if "squared_error" in inner:
-            found["squared_error"] = (inner["squared_error"] + left) * scale * scale
-        if any(known):
-            here = _known_rows(cache, samples, now.shape[1])
-            of_known = found["squared"] if all(known) else _energy(now[here])
-            found |= {"residual_squared": _energy(_chosen(change, here)), "known_squared": of_known}
-        return found
 
 
 def told(parts: Parts) -> list[Samples]:
@@ -269,3 +248,20 @@ def _chosen(rows: Tensor, known: Tensor) -> Tensor:
 def _spread(drift: Tensor, known: Tensor) -> Tensor:
     """A drift [d] as what each row [q d] has of it: nothing where it is not known."""
     return drift if bool(known.all()) else drift * known[:, None]
+
+
+def _each(parts: Parts, rows: Tensor) -> Iterator[tuple[Cache, Samples, Tensor]]:
+    """The cache, the samples and the rows of each packet."""
+    for state, one, part in zip(parts.states, told(parts), torch.split(rows, list(parts.counts)), strict=True):
+        yield state.own, one, part
+
+
+def _known_energy(cache: Cache, samples: Samples, rows: Tensor) -> float:
+    return _energy(_chosen(rows, _known_rows(cache, samples, rows.shape[1])))
+
+
+def _energies(cache: Cache, samples: Samples, now: Tensor) -> dict[str, float]:
+    """How many samples a packet has and how many are known, and the energy of all rows and of those."""
+    known = cache.known(samples, now.shape[1])
+    found = {"samples": float(len(known)), "known_samples": float(sum(known)), "squared": _energy(now)}
+    return found | {"known_squared": _known_energy(cache, samples, now)} if any(known) else found

@@ -98,9 +98,9 @@ class Temporal(Wrapper):
     def payload_bytes(self, count: int, width: int, dtype: torch.dtype) -> int:
         return _skip_bytes(count) + self.inner.payload_bytes(count, width, dtype)
 
-    def expected_bytes(self, count: int, width: int, dtype: torch.dtype, visit: int = 0) -> float:
+    def expected_bytes(self, count: int, width: int, dtype: torch.dtype, visit: int = 0, samples: int = 1) -> float:
         """Of samples that are not skipped, on any visit: how many are only training can show."""
-        return 1.0 + self.inner.expected_bytes(count, width, dtype, visit)
+        return 1.0 + self.inner.expected_bytes(count, width, dtype, visit, samples)
 
     def pack_rows(self, rows: Tensor, parts: Parts) -> Packed:
         require_finite(rows, "tensor to send")

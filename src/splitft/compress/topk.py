@@ -87,9 +87,9 @@ class TopK(Wrapper):
         kept = kept_channels(self.share, width)
         return count * position_bytes(width, kept) + self.inner.payload_bytes(count, kept, dtype)
 
-    def expected_bytes(self, count: int, width: int, dtype: torch.dtype, visit: int = 0) -> float:
+    def expected_bytes(self, count: int, width: int, dtype: torch.dtype, visit: int = 0, samples: int = 1) -> float:
         kept = kept_channels(self.share, width)
-        return count * position_bytes(width, kept) + self.inner.expected_bytes(count, kept, dtype, visit)
+        return count * position_bytes(width, kept) + self.inner.expected_bytes(count, kept, dtype, visit, samples)
 
     def error_bound(self, tensor: Tensor) -> Tensor | None:
         count, width = as_rows(tensor.shape)
