@@ -26,7 +26,7 @@ TOGETHER = 4  # short runs of one process
 # Which stacks run for how many epochs, most telling first: targets in every setting, then all stacks, then controllers with time to learn.
 BOTH = (UNCOMPRESSED, RECOMMENDED)
 CONTROLLED = ("recommended_bang_bang", "recommended_ddpg", "recommended_energy")
-PARETO = ("python_docs", "shakespeare")
+PARETO = ("shakespeare", "python_docs")
 
 
 @dataclass(frozen=True)
@@ -74,27 +74,28 @@ class Job:
 def jobs(
     seeds: Iterable[int], only: Iterable[str] = (), settings: Iterable[str] = (), lengths: Iterable[int] = (), quick: bool = False
 ) -> list[Job]:
-    """What is to be run, most telling first, seed by seed. `only`, `settings` and `lengths` (epochs) choose; empty ones choose all.
+    """What is to be run, most telling first, a stage after the other and within it seed by seed. `only`, `settings` and `lengths` (epochs)
+    choose; empty ones choose all.
 
-    In every setting the reference and the recommended stack, for every length with the exit on the server and the longest in a U-shape;
-    in two settings all stacks for ten epochs; on the small model the controllers for fifty. `quick`: the first of these for one epoch.
+    The reference and the recommended stack for every length with the exit on the server; the longest in a U-shape; in two settings all
+    stacks for ten epochs, on the small model the controllers for fifty; E2E last. `quick`: reference and recommended stack for one epoch.
     """
     names, chosen, epochs = set(only) or set(stacks()), list(settings) or list(SETTINGS), set(lengths) or set(LENGTHS)
     if unknown := (names - stacks().keys()) | (set(chosen) - SETTINGS.keys()) | {str(one) for one in epochs - LENGTHS.keys()}:
         raise ValueError(f"unknown: {', '.join(sorted(unknown))}; stacks are {', '.join(stacks())}; settings are {', '.join(SETTINGS)}")
     if quick:
         return [Job(setting, stack, seed, 1) for seed in seeds for setting in chosen for stack in BOTH if stack in names]
-    found = []
-    for seed in seeds:
-        listed = [(name, stack, length) for name in chosen for length in LENGTHS if _is_wanted(name, length) for stack in BOTH]
-        listed += [(name, stack, MEDIUM) for name in chosen if name in PARETO for stack in stacks() if stack not in BOTH]
-        listed += [(name, stack, LONG) for name in chosen if name == "shakespeare" for stack in CONTROLLED]
-        found += [Job(name, stack, seed, length) for name, stack, length in listed if stack in names and length in epochs]
-    return sorted(found, key=lambda job: job.setting == "e2e")  # the least telling last, else as they are
-
-
-def _is_wanted(setting: str, epochs: int) -> bool:
-    return SETTINGS[setting].exit == "server" or epochs == LONG
+    main = [name for name in chosen if name != "e2e"]  # which is the least telling
+    stages = [
+        [(name, stack, length) for name in main if SETTINGS[name].exit == "server" for length in LENGTHS for stack in BOTH],
+        [(name, stack, LONG) for name in main if SETTINGS[name].exit == "client" for stack in BOTH],
+    ]
+    for name in PARETO:
+        stages.append([(name, stack, MEDIUM) for stack in stacks() if stack not in BOTH and name in main])
+        stages.append([(name, stack, LONG) for stack in CONTROLLED if name == "shakespeare" and name in main])
+    stages.append([("e2e", stack, length) for length in LENGTHS for stack in BOTH if "e2e" in chosen])
+    wanted = [[one for one in stage if one[1] in names and one[2] in epochs] for stage in stages]
+    return [Job(name, stack, seed, length) for stage in wanted for seed in seeds for name, stack, length in stage]
 
 
 def configuration(job: Job, places: Places) -> dict[str, Any]:

@@ -133,5 +133,5 @@ _DOCS = Setting("python_docs", "embedded model, Python docstrings", "embedded", 
 _PLAYS = Setting("shakespeare", "babyllama105, tinyshakespeare", "babyllama105", SPEECHES, LINES, 5e-4)
 _MEALS = Setting("e2e", "embedded model, E2E", "embedded", RESTAURANTS, PAIRS, 5e-4)
 SETTINGS: Mapping[str, Setting] = {
-    one.name: one for plain in (_DOCS, _PLAYS) for one in (plain, replace(plain, name=f"{plain.name}-u", exit="client"))
+    one.name: one for plain in (_PLAYS, _DOCS) for one in (plain, replace(plain, name=f"{plain.name}-u", exit="client"))
 } | {_MEALS.name: _MEALS}

@@ -79,9 +79,9 @@ class Preset:
         )
 
 
-SHORT_RUN = Preset(0.125, 1.0, 0.5)
-MEDIUM_RUN = Preset(0.125, 1.0, 0.5)
-LONG_RUN = Preset(0.125, 1.0, 0.5)
+SHORT_RUN = Preset(0.125, 0.6, 0.5, ignore=0.2)
+MEDIUM_RUN = Preset(0.125, 0.6, 0.5, ignore=0.2)
+LONG_RUN = Preset(0.22, 1.0, 1.0, ignore=0.35)
 PRESETS: Mapping[int, tuple[str, Preset]] = {
     1: ("short", SHORT_RUN),
     3: ("short", SHORT_RUN),

@@ -165,7 +165,7 @@ def test_a_finished_run_is_kept_once_and_not_run_again(tmp_path: Path, monkeypat
 def test_what_is_run_and_in_which_order() -> None:
     listed = runs.jobs([0, 1])
     assert len(set(listed)) == len(listed)
-    assert listed[0] == runs.Job("python_docs", UNCOMPRESSED, 0, 1)
+    assert listed[0] == runs.Job("shakespeare", UNCOMPRESSED, 0, 1)
     both = {UNCOMPRESSED, RECOMMENDED}
     for setting in ("python_docs", "shakespeare"):
         assert {job.stack for job in listed if (job.setting, job.seed, job.epochs) == (setting, 1, 10)} == set(stacks())

@@ -8,6 +8,7 @@ from fractions import Fraction
 import pytest
 import torch
 
+from splitft.apps.assemble import build_components
 from splitft.compress.base import HEADER_BYTES, Packet, Samples, State
 from splitft.compress.cast import Cast
 from splitft.compress.factors import MOST_COMPONENTS, SPAN, Factors, enough, largest_triplets, quantised, read_factors, write_factors
@@ -15,6 +16,7 @@ from splitft.compress.identity import Identity
 from splitft.compress.lowrank import LowRank
 from splitft.compress.quantize import Quantize
 from splitft.compress.temporal import Temporal
+from splitft.config import parse_config
 from splitft.errors import CodecError, ConfigError
 from splitft.rng import numpy_stream, torch_stream
 
@@ -326,7 +328,7 @@ def test_the_dial() -> None:
     assert LowRank(energy=0.96).scaled(100.0).energy > 0  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("fields", [{"rank": 0}, {"rank": 256}, {"energy": 1.1}, {"bits": 2}, {"bits": True}, {"cache_mb": "x"}])
+@pytest.mark.parametrize("fields", [{"rank": -1}, {"rank": 256}, {"energy": 1.1}, {"bits": 2}, {"bits": True}, {"cache_mb": "x"}])
 def test_wrong_fields_are_named(fields: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match=next(iter(fields))):
         LowRank(**fields)  # type: ignore[arg-type]
@@ -335,3 +337,13 @@ def test_wrong_fields_are_named(fields: dict[str, object]) -> None:
 def test_an_inner_codec_whose_ends_differ_is_refused() -> None:
     with pytest.raises(ConfigError, match="temporal"):
         LowRank(Temporal())
+
+
+def test_without_a_rank_of_its_own_it_follows_the_adapters() -> None:
+    """As SplitLite has it: twice the adapters' rank for activations, four times for gradients, inside other codecs too."""
+    codec = {"name": "entropy", "inner": {"name": "lowrank"}}
+    built = build_components(parse_config({"lora": {"rank": 5}, "uplink": codec, "downlink": "lowrank", "split": {"labels": "client"}}))
+    assert (built.uplink.inner.rank, built.downlink.rank) == (10, 20)
+    assert (built.exit_downlink.inner.rank, built.exit_uplink.rank) == (10, 20)
+    fixed = build_components(parse_config({"uplink": {"name": "lowrank", "rank": 3}}))
+    assert fixed.uplink.rank == 3

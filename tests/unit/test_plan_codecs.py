@@ -34,7 +34,7 @@ from ..tiny_run import tiny_config
 class Learning(Cast):
     """As bfloat16 at first contact, an eighth of that on the second visit, a sixteenth later."""
 
-    def expected_bytes(self, count: int, width: int, dtype: torch.dtype, visit: int = 0) -> float:
+    def expected_bytes(self, count: int, width: int, dtype: torch.dtype, visit: int = 0, samples: int = 1) -> float:
         return self.payload_bytes(count, width, dtype) / (1, 8, 16)[min(visit, 2)]
 
 
@@ -102,7 +102,10 @@ def test_which_tensors_travel() -> None:
     used = ("uplink", "exit_downlink", "exit_uplink", "downlink", "adapter_uplink", "adapter_downlink")
     assert [one.codec for one in bent.values()] == [codecs[name] for name in used]
     assert (bent["up gradients"].rows, bent["up gradients"].width, bent["up gradients"].packets) == (32, 64, 10.0)
-    assert (bent["up adapters"].rows, bent["up adapters"].width, bent["up adapters"].epochs) == (1, 100, 5.0)
+    assert (bent["up adapters"].rows, bent["up adapters"].width, bent["up adapters"].epochs) == (1, 128, 5.0), "as a change"
+    codecs["adapter_uplink"] = Identity()
+    whole = {one.place: one for one in streams_of(shapes(), codecs, True)}["up adapters"]
+    assert (whole.rows, whole.width) == (1, 100)
     assert [one.place for one in streams_of(shapes(exchanges=0.0), codecs, False)] == ["up adapters", "down adapters"]
     assert streams_of(shapes(exchanges=0.0, adapter_values=0.0), codecs, True) == []
 

@@ -22,7 +22,7 @@ from splitft.adapt.profiles import PRESETS, assign_profiles, find_profile, load_
 from splitft.aggregate.base import Aggregator
 from splitft.apps.capacity import kept_kinds, largest_pass, open_shelf
 from splitft.apps.combinations import clashes_of
-from splitft.apps.costs import cost_model
+from splitft.apps.costs import client_costs
 from splitft.apps.executors import executor_of, in_slots, require_engine
 from splitft.compress.base import Codec
 from splitft.compress.same import Same
@@ -123,14 +123,23 @@ def build_components(config: RunConfig) -> Components:
             "docs/configuration.md lists every field.",
             tuple(found),
         )
-    for seam, like in SAME_AS.items():
-        if isinstance(built[seam], Same):
-            built[seam] = built[like]
+    _settle_codecs(built, config.lora.rank)
     names = {"data": "source"}
     components = Components(**{names.get(seam, seam): built[seam] for seam in seams})
     if clashes := tuple(clashes_of(config, components)):
         raise ConfigError("The chosen methods do not fit together.", "docs/methods.md says what goes with what.", clashes)
     return components
+
+
+def _settle_codecs(built: dict[str, Any], rank: int) -> None:
+    """Put codecs where sections say "same", and tell each what it is for."""
+    for seam, like in SAME_AS.items():
+        if isinstance(built[seam], Same):
+            built[seam] = built[like]
+    for seam in ("uplink", "exit_downlink"):
+        built[seam] = built[seam].for_adapters(rank, gradients=False)
+    for seam in ("downlink", "exit_uplink"):
+        built[seam] = built[seam].for_adapters(rank, gradients=True)
 
 
 def choose_device(name: str) -> torch.device:
@@ -241,11 +250,7 @@ def assemble(config: RunConfig, on_stage: OnStage = lambda name: None, folder: P
             f'synchronisation "{config.synchronisation.name}" would drop the work of clients that are missing at an aggregation.',
             "choose a fleet without drop-outs in which everyone is available.",
         )
-    drawn = config.rounds * config.train.local_steps * config.train.gradient_accumulation * config.train.batch_size
-    costs = tuple(
-        cost_model(config, shape, server, components, layout, base, math.ceil(one.train.lengths.mean()), drawn / len(one.train))
-        for one in data.clients
-    )
+    costs = client_costs(config, shape, server, components, layout, base, data.clients)
     executor, close = executor_of(config, components, base, federation, largest_pass(config, federation, costs, kinds), on_stage)
     return Assembly(
         config,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from splitft.adapt.cost import CostModel
 from splitft.clock import Network
 from splitft.compress.base import HEADER_BYTES, Codec
 from splitft.config import RunConfig
+from splitft.data.base import ClientData
 from splitft.lora import Layout
 from splitft.types import ModelShape, Profile
 
@@ -70,3 +72,18 @@ def cost_model(
         maximum_cut=config.split.maximum_cut,
         network=network_of(config, server),
     )
+
+
+def client_costs(
+    config: RunConfig,
+    shape: ModelShape,
+    server: Profile,
+    components: Components,
+    layout: Layout,
+    base: Base,
+    clients: Sequence[ClientData],
+) -> tuple[CostModel, ...]:
+    """One cost model for each client, by the length of its rows and how often the run goes through them."""
+    drawn = config.rounds * config.train.local_steps * config.train.gradient_accumulation * config.train.batch_size
+    lengths = [one.train.lengths for one in clients]
+    return tuple(cost_model(config, shape, server, components, layout, base, math.ceil(rows.mean()), drawn / len(rows)) for rows in lengths)

@@ -185,6 +185,10 @@ class Codec(ABC):
         valid."""
         return self
 
+    def for_adapters(self, rank: int, gradients: bool) -> Codec:
+        """The codec as a run with adapters of this rank wants it, for gradients or for activations; itself where it does not matter."""
+        return self
+
     @abstractmethod
     def pack_rows(self, rows: Tensor, parts: Parts) -> Packed:
         """The payloads of the rows [q d], d at least one. Raises CodecError when they hold NaN or infinity."""

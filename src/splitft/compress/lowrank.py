@@ -37,6 +37,9 @@ BITS = (8, 4)
 LEAST_ENERGY = 0.001
 
 
+RANK_ALONE = 16
+
+
 @dataclass(frozen=True)
 class LowRank(Wrapper):
     """Both ends add the same `rank` components, in `bits` bits (8 or 4), to the last decoded rows of a sample; a new one goes through
@@ -44,9 +47,9 @@ class LowRank(Wrapper):
 
     SplitLite, arXiv 2608.23018: what changes in a sample's rows from epoch to epoch has about twice the rank of the adapters (four times
     for gradients), so it is sent as a truncated singular value decomposition, rounded without bias. The paper's own settings for adapters
-    of rank r are 2r and 4 bits for activations, 4r and 8 bits for gradients; here they are plain numbers. The change is taken against
-    what the receiver holds, so what one visit loses the next one sends. `energy` above zero: the smallest rank, up to `rank`, that keeps
-    this share of the change's squares, for each sample by itself (ours).
+    of rank r are 2r and 4 bits for activations, 4r and 8 bits for gradients: `rank = 0` takes 2r and 4r from the run. The change is taken
+    against what the receiver holds, so what one visit loses the next one sends. `energy` above zero: the smallest rank, up to `rank`, that
+    keeps this share of the change's squares, for each sample by itself (ours).
 
     The paper leaves open how codes are scaled and how ends on different hardware stay equal. Our reconstruction: a step in bfloat16 for
     each column and each row, and sums that are exact in float64 (see `factors`). The search for the components is randomised with a fixed
@@ -56,7 +59,7 @@ class LowRank(Wrapper):
 
     number: ClassVar[int] = 7
     references: ClassVar[tuple[str, ...]] = ("2608.23018", "0909.4061")
-    rank: int = 16
+    rank: int = 0
     energy: float = 0.0
     bits: int = 4
     cache_mb: float = 0.0
@@ -67,8 +70,8 @@ class LowRank(Wrapper):
     def __post_init__(self) -> None:
         super().__post_init__()
         wrong = {
-            f"rank is {self.rank!r}; allowed are whole numbers from 1 to {MOST_COMPONENTS}": type(self.rank) is not int
-            or not 1 <= self.rank <= MOST_COMPONENTS,
+            f"rank is {self.rank!r}; allowed are whole numbers from 0 to {MOST_COMPONENTS}": type(self.rank) is not int
+            or not 0 <= self.rank <= MOST_COMPONENTS,
             f"energy is {self.energy!r}; allowed are shares from 0 (off) to 1": type(self.energy) not in (int, float)
             or not 0 <= self.energy <= 1,
             f"bits is {self.bits!r}; allowed are 8 and 4": type(self.bits) is not int or self.bits not in BITS,
@@ -91,11 +94,20 @@ class LowRank(Wrapper):
     def keyed(self) -> bool:
         return True
 
+    @property
+    def most_rank(self) -> int:
+        """The largest rank of a change; without a run to take it from, RANK_ALONE."""
+        return self.rank or RANK_ALONE
+
+    def for_adapters(self, rank: int, gradients: bool) -> Codec:
+        inner = self.inner.for_adapters(rank, gradients)
+        return replace(self, inner=inner, rank=self.rank or min(MOST_COMPONENTS, rank * (4 if gradients else 2)))
+
     def scaled(self, factor: float) -> Codec:
         inner = self.inner.scaled(factor)
         if self.energy:
             return replace(self, inner=inner, energy=min(1.0, max(LEAST_ENERGY, 1 - (1 - self.energy) * factor**2)))
-        return replace(self, inner=inner, rank=min(MOST_COMPONENTS, max(1, round(min(self.rank / factor, MOST_COMPONENTS)))))
+        return replace(self, inner=inner, rank=min(MOST_COMPONENTS, max(1, round(min(self.most_rank / factor, MOST_COMPONENTS)))))
 
     def start(self) -> Cache:
         return Cache(self.budget)
@@ -109,7 +121,7 @@ class LowRank(Wrapper):
     def payload_bytes(self, count: int, width: int, dtype: torch.dtype) -> int:
         """An upper bound however the rows are divided into samples, known ones and others: a sample of t rows has at most t components,
         so it takes most for its rows when t is one, but for what the codes of a column take."""
-        most = min(self.rank, count, width)
+        most = min(self.most_rank, count, width)
         return count * (1 + factor_bytes(most, width, self.bits)) + self.inner.payload_bytes(count, width, dtype)
 
     def expected_bytes(self, count: int, width: int, dtype: torch.dtype, visit: int = 0, samples: int = 1) -> float:
@@ -117,7 +129,7 @@ class LowRank(Wrapper):
         if not visit:
             return self.inner.expected_bytes(count, width, dtype, visit, samples)
         tokens = max(1, count // samples)
-        return samples * (1.0 + min(self.rank, tokens, width) * factor_bytes(tokens, width, self.bits))
+        return samples * (1.0 + min(self.most_rank, tokens, width) * factor_bytes(tokens, width, self.bits))
 
     def pack_rows(self, rows: Tensor, parts: Parts) -> Packed:
         require_finite(rows, "tensor to send")
@@ -157,7 +169,7 @@ class LowRank(Wrapper):
         changes = [sent[place].double() - before[place].double() for place in places]
         found: list[tuple[Triplets, int]] = [(_EMPTY, 0)] * len(changes)
         for same in _by_length([len(change) for change in changes]).values():
-            triplets = largest_triplets(torch.stack([changes[j] for j in same]), self.rank)
+            triplets = largest_triplets(torch.stack([changes[j] for j in same]), self.most_rank)
             for position, j in enumerate(same):
                 found[j] = triplets, position
         ranks, pieces = [], []

@@ -56,6 +56,9 @@ class Wrapper(Codec):
     def mirrored(self) -> bool:
         return self.inner.mirrored
 
+    def for_adapters(self, rank: int, gradients: bool) -> Codec:
+        return replace(self, inner=self.inner.for_adapters(rank, gradients))
+
     def scaled(self, factor: float) -> Codec:
         return replace(self, inner=self.inner.scaled(factor))
 
