@@ -185,13 +185,14 @@ INNER: Mapping[str, str] = {
 }
 
 
-def problems(seam: str, name: str, fields: Mapping[str, Any]) -> list[str]:
-    """What is wrong with a component's name or field names, one line each; empty when it can be built."""
-    table = CATALOG[seam]
+def problems(seam: str, name: str, fields: Mapping[str, Any], path: str = "") -> list[str]:
+    """What is wrong with a component's name or field names, one line each; empty when it can be built. `path`: where it stands, if inside
+    another one of its seam."""
+    table, path = CATALOG[seam], path or seam
     if name not in table:
         near = difflib.get_close_matches(name, table, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
-        return [f"{seam}.name is {name!r}; known are {', '.join(table)}.{hint}"]
+        return [f"{path}.name is {name!r}; known are {', '.join(table)}.{hint}"]
     allowed = [field.name for field in dataclasses.fields(table[name])]
     found = []
     for field in fields:
@@ -199,26 +200,50 @@ def problems(seam: str, name: str, fields: Mapping[str, Any]) -> list[str]:
             near = difflib.get_close_matches(field, allowed, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
             known = ", ".join(allowed) if allowed else "none"
-            found.append(f"{seam}.{field} is not a field of {name}; its fields: {known}.{hint}")
+            found.append(f"{path}.{field} is not a field of {name}; its fields: {known}.{hint}")
         elif field == INNER.get(seam):
-            inner = _inner(fields[field])
-            found += (
-                problems(seam, *inner) if inner else [f"{seam}.{field} is {fields[field]!r}; allowed is a name or a table with a name."]
-            )
+            inner = _inner(seam, table[name], fields[field])
+            wrong = f"{path}.{field} is {fields[field]!r}; allowed is a name or a table with a name."
+            found += problems(seam, *inner, f"{path}.{field}") if inner else [wrong]
     required = [
         f.name for f in dataclasses.fields(table[name]) if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
     ]
-    found += [f"{seam}.{field} is missing; {name} needs it" for field in required if field not in fields]
+    found += [f"{path}.{field} is missing; {name} needs it" for field in required if field not in fields]
     return found
 
 
-def _inner(value: object) -> tuple[str, dict[str, Any]] | None:
-    """Name and fields of a component inside another one; None when it is neither a name nor a table with one."""
+def _inner(seam: str, outer: type[Any], value: object) -> tuple[str, dict[str, Any]] | None:
+    """Name and fields of a component inside another one; None when it is no component. A table without a name changes fields of the one
+    that the outer component has by default."""
     if isinstance(value, str):
         return value, {}
-    if isinstance(value, Mapping) and isinstance(value.get("name"), str):
-        return value["name"], {field: inner for field, inner in value.items() if field != "name"}
-    return None
+    if not isinstance(value, Mapping) or not isinstance(value.get("name", ""), str):
+        return None
+    table = dict(value) if "name" in value else _merged(described(seam, _default(outer, INNER[seam])), value)
+    return str(table.pop("name")), table
+
+
+def _default(outer: type[Any], field: str) -> Any:
+    """The component that a field has by default."""
+    one = next(one for one in dataclasses.fields(outer) if one.name == field)
+    return one.default_factory() if one.default_factory is not dataclasses.MISSING else one.default
+
+
+def described(seam: str, component: Any) -> dict[str, Any]:
+    """A component as the table that builds it."""
+    name = next(name for name, kind in CATALOG[seam].items() if kind is type(component))
+    values = {field.name: getattr(component, field.name) for field in dataclasses.fields(component)}
+    place = INNER.get(seam, "")
+    return {"name": name, **{key: described(seam, value) if key == place else value for key, value in values.items()}}
+
+
+def _merged(table: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """A table with changes in it; inner tables are merged unless another component is named."""
+    merged = dict(table)
+    for key, value in changes.items():
+        known = merged.get(key)
+        merged[key] = _merged(known, value) if isinstance(known, Mapping) and isinstance(value, Mapping) and "name" not in value else value
+    return merged
 
 
 def build(seam: str, name: str, fields: Mapping[str, Any]) -> Any:
@@ -228,7 +253,7 @@ def build(seam: str, name: str, fields: Mapping[str, Any]) -> Any:
             f"[{seam}] has {len(found)} problem{'s' if len(found) > 1 else ''}.", "docs/configuration.md lists every field.", tuple(found)
         )
     place = INNER.get(seam, "")
-    inner = _inner(fields[place]) if place in fields else None
+    inner = _inner(seam, CATALOG[seam][name], fields[place]) if place in fields else None
     given = {**fields, place: build(seam, *inner)} if inner else fields
     try:
         return CATALOG[seam][name](**given)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 
 from splitft.catalog import CATALOG, CODECS, INNER, build, problems
@@ -93,12 +96,12 @@ def test_sections_for_codecs_are_the_six_tensors() -> None:
 def test_faults_inside_a_component_are_found_before_it_is_built() -> None:
     assert problems("uplink", "entropy", {"inner": "quantise"})[0].endswith("Did you mean 'quantize'?")
     (line,) = problems("uplink", "entropy", {"inner": {"name": "topk", "shares": 0.1}})
-    assert line.startswith("uplink.shares is not a field of topk")
+    assert line.startswith("uplink.inner.shares is not a field of topk")
     assert line.endswith("Did you mean 'share'?")
     (line,) = problems("uplink", "entropy", {"inner": {"bits": 4}})
-    assert line == "uplink.inner is {'bits': 4}; allowed is a name or a table with a name."
+    assert line.startswith("uplink.inner.bits is not a field of cast"), "the codec that stands there by default"
     deep = problems("uplink", "projection", {"basis": 1, "inner": {"name": "residual", "inner": {"name": "cast", "bits": 4}}, "rank": 2})
-    assert [text.split(" is ")[0] for text in deep] == ["uplink.bits", "uplink.rank"]
+    assert [text.split(" is ")[0] for text in deep] == ["uplink.inner.inner.bits", "uplink.rank"]
 
 
 @pytest.mark.parametrize("inner", ["temporal", "feedback"])
@@ -106,3 +109,28 @@ def test_what_cannot_go_together_is_a_configuration_error(inner: str) -> None:
     for outer in ("residual", "lowrank", "feedback"):
         with pytest.raises(ConfigError, match="inner is"):
             build("uplink", outer, {"inner": inner})
+
+
+def test_a_table_without_a_name_changes_what_stands_there_by_default() -> None:
+    """On the command line `uplink=projection uplink.inner.inner.bound=0.2` is enough."""
+    built = build("uplink", "projection", {"inner": {"ignore": 0.3, "inner": {"bound": 0.2}}})
+    default = build("uplink", "projection", {})
+    assert built == replace(default, inner=replace(default.inner, ignore=0.3, inner=replace(default.inner.inner, bound=0.2)))
+    other = build("uplink", "residual", {"inner": {"name": "quantize", "bits": 4}})
+    assert type(other.inner).__name__ == "Quantize", "a name begins anew"
+    assert build("aggregator", "norm_clip", {"rule": {}}) == build("aggregator", "norm_clip", {})
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"inner": "residul"}, "uplink.inner.name is 'residul'"),
+        ({"inner": {"inner": {"bund": 1}}}, "uplink.inner.inner.bund is not a field of error_bounded"),
+        ({"inner": {"name": "entropy", "inner": 3}}, "uplink.inner.inner is 3"),
+        ({"inner": {"name": 3}}, "uplink.inner is"),
+    ],
+    ids=str,
+)
+def test_what_is_wrong_inside_is_named_with_its_path(fields: dict[str, Any], words: str) -> None:
+    [found] = problems("uplink", "projection", fields)
+    assert found.startswith(words)
