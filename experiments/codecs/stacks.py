@@ -24,11 +24,20 @@ class Stack:
     downlink: Component
     adapters: Component = field(default_factory=lambda: CAST)
     controller: Component | None = None
+    exit_downlink: Component | None = None
+    exit_uplink: Component | None = None
 
     def values(self) -> dict[str, Any]:
         """The sections of the configuration."""
-        sections = {"uplink": self.uplink, "downlink": self.downlink, "adapter_uplink": self.adapters}
-        return {name: dict(one) for name, one in (sections | ({"controller": self.controller} if self.controller else {})).items()}
+        sections = {
+            "uplink": self.uplink,
+            "downlink": self.downlink,
+            "adapter_uplink": self.adapters,
+            "exit_downlink": self.exit_downlink,
+            "exit_uplink": self.exit_uplink,
+            "controller": self.controller,
+        }
+        return {name: dict(one) for name, one in sections.items() if one is not None}
 
 
 def over(name: str, inner: Component, **fields: Any) -> Component:
@@ -55,33 +64,47 @@ def alike(name: str, title: str, codec: Component) -> Stack:
 
 
 @dataclass(frozen=True)
-class Preset:
-    """What is recommended for a length of run: bounds of the error of activations (a share of a sample's root mean square), of gradients
-    and of adapters (of the packet's); `ignore` of activations' changes; dead zones of both."""
+class Cached:
+    """A tensor sent as changes in its principal axes: the bound of its error, a share of a sample's root mean square, and what is ignored
+    of the changes of samples that come again."""
 
-    activations: float
-    gradients: float
+    bound: float
+    ignore: float
+
+    def codec(self, scale: float = 1.0) -> Component:
+        return over("projection", over("residual", bounded(self.bound * scale, "absolute"), ignore=self.ignore * scale))
+
+
+@dataclass(frozen=True)
+class Preset:
+    """What is recommended for a length of run: of activations and gradients at the cut, of both at a U-shape's exit, and the bound of
+    adapters' changes (a share of their root mean square)."""
+
+    activations: Cached
+    gradients: Cached
     adapters: float
-    ignore: float = 0.0
-    activations_zone: float = 0.5
-    gradients_zone: float = 0.5
+    exit_activations: Cached
+    exit_gradients: Cached
 
     def stack(self, name: str, title: str, scale: float = 1.0, controller: Component | None = None) -> Stack:
-        """Its codecs, with errors at the cut `scale` times as large."""
-        inner = bounded(self.activations * scale, "absolute", self.activations_zone)
+        """Its codecs, with errors of tensors `scale` times as large."""
         return Stack(
             name,
             title,
-            over("projection", over("residual", inner, ignore=self.ignore * scale)),
-            over("projection", bounded(self.gradients * scale, zone=self.gradients_zone)),
+            self.activations.codec(scale),
+            self.gradients.codec(scale),
             over("feedback", bounded(self.adapters)),
             controller,
+            self.exit_activations.codec(scale),
+            self.exit_gradients.codec(scale),
         )
 
 
-SHORT_RUN = Preset(0.125, 0.6, 0.5, ignore=0.2)
-MEDIUM_RUN = Preset(0.125, 0.6, 0.5, ignore=0.2)
-LONG_RUN = Preset(0.22, 1.0, 1.0, ignore=0.35)
+# At the exit every error goes straight into the loss, so its tensors are sent finer.
+EXIT = (Cached(0.03, 0.045), Cached(0.15, 0.2))
+SHORT_RUN = Preset(Cached(0.125, 0.2), Cached(0.5, 0.7), 0.5, *EXIT)
+MEDIUM_RUN = Preset(Cached(0.125, 0.2), Cached(0.5, 0.7), 0.5, *EXIT)
+LONG_RUN = Preset(Cached(0.1, 0.15), Cached(0.5, 0.7), 1.0, *EXIT)
 PRESETS: Mapping[int, tuple[str, Preset]] = {
     1: ("short", SHORT_RUN),
     3: ("short", SHORT_RUN),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -11,7 +12,7 @@ from experiments.codecs.figures import LINKS
 from experiments.codecs.measures import WITHIN, Against, cheapest_within, load, places
 from experiments.codecs.runs import MEDIUM
 from experiments.codecs.settings import LENGTHS, SETTINGS
-from experiments.codecs.stacks import PRESETS, RECOMMENDED, UNCOMPRESSED, stacks
+from experiments.codecs.stacks import PRESETS, RECOMMENDED, UNCOMPRESSED, Preset, stacks
 
 CONTROLLED = ("recommended", "recommended_energy", "recommended_bang_bang", "recommended_ddpg", "splitcom", "splitcom_bang_bang")
 DASH = "—"
@@ -172,13 +173,14 @@ def controllers(setting: str, epochs: str) -> str:
 
 
 def presets() -> str:
-    """The recommended codecs by length of run."""
-    rows = []
-    for epochs, (kind, one) in PRESETS.items():
-        cells = (one.activations, one.ignore, one.activations_zone, one.gradients, one.gradients_zone, one.adapters)
-        rows.append((f"{epochs}", kind, *(f"{cell:g}" for cell in cells)))
-    names = ("activations' bound", "ignore", "dead zone", "gradients' bound", "dead zone", "adapters' bound")
-    return table(("epochs", "preset", *names), rows)
+    """The recommended errors by length of run."""
+    names = [field.name for field in dataclasses.fields(Preset)]
+    rows = [(f"{epochs}", kind, *(_number(getattr(one, name)) for name in names)) for epochs, (kind, one) in PRESETS.items()]
+    return table(("epochs", "preset", *(name.replace("_", " ") for name in names)), rows)
+
+
+def _number(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float | int) and not isinstance(value, bool) else str(value)
 
 
 MAKERS: Mapping[str, Callable[..., str]] = {

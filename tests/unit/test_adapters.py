@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
+from splitft.apps.session import FederatedRun
 from splitft.compress.base import Codec
 from splitft.compress.cast import Cast
 from splitft.compress.error_bounded import ErrorBounded
@@ -19,6 +22,7 @@ from splitft.types import Plan
 from splitft.wire import Stream, StreamName
 
 from ..support import settings
+from ..tiny_run import tiny_config
 
 CODECS: dict[str, Codec] = {
     "cast": Cast(),
@@ -109,3 +113,22 @@ def test_facts_of_both_ends_stand_in_one_order() -> None:
         "up adapters",
         "down adapters",
     ]
+
+
+def test_what_is_lost_on_the_way_down_is_not_lost_to_the_federation(tmp_path: Path) -> None:
+    """With nothing coming through down, clients train from the start again and again, and the server adds up what they learned."""
+    nothing = {"name": "error_bounded", "bound": 1e3, "of": "absolute"}
+    rows = {}
+    for engine in ("cohort", "workers"):
+        config = tiny_config(tmp_path, rounds=2, adapter_downlink=nothing, engine={"name": engine}, run={"folder": str(tmp_path / engine)})
+        run = FederatedRun(config)
+        states = [run.state.adapters.clone()]
+        for _ in run.rounds():
+            states.append(run.state.adapters.clone())
+        run.close()
+        first, both = states[2] - states[0], states[3] - states[0]
+        held = run.assembly.federation.layout.columns(0, 1)  # blocks that every client holds
+        moved = torch.linalg.vector_norm(both[held]) / torch.linalg.vector_norm(first[held])
+        assert float(moved) > 1.2, "the second round stands on the first"
+        rows[engine] = states[3]
+    torch.testing.assert_close(rows["cohort"], rows["workers"], rtol=1e-3, atol=1e-4)

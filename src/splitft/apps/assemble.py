@@ -25,6 +25,7 @@ from splitft.apps.combinations import clashes_of
 from splitft.apps.costs import client_costs
 from splitft.apps.executors import executor_of, in_slots, require_engine
 from splitft.compress.base import Codec
+from splitft.compress.feedback import Feedback
 from splitft.compress.same import Same
 from splitft.config import Component, RunConfig
 from splitft.control.base import Controller
@@ -136,6 +137,9 @@ def _settle_codecs(built: dict[str, Any], rank: int) -> None:
     for seam, like in SAME_AS.items():
         if isinstance(built[seam], Same):
             built[seam] = built[like]
+            if seam == "adapter_downlink" and isinstance(built[seam], Feedback):
+                # Down, the next change is against what the client has: it makes up for what was lost by itself.
+                built[seam] = built[seam].inner
     for seam in ("uplink", "exit_downlink"):
         built[seam] = built[seam].for_adapters(rank, gradients=False)
     for seam in ("downlink", "exit_uplink"):

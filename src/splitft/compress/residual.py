@@ -1,7 +1,7 @@
 """Send what has changed since the same sample was last sent.
 
-The payload of a packet: scale f32 | u32 length and bytes of the drift, coded numbers [1 d] | payload of the codec inside, over
-(rows - cache) / scale - drift.
+The payload of a packet: which samples are known, a bit each | scale f32 | u32 length and bytes of the drift, coded numbers [1 d] |
+payload of the codec inside, over (rows - cache) / scale - drift.
 
 Axes: q rows (tokens), d channels.
 """
@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -90,7 +91,7 @@ class Residual(Wrapper):
         return Cache(self._budget()).restored(tensors)
 
     def payload_bytes(self, count: int, width: int, dtype: torch.dtype) -> int:
-        return HEAD.size + self._drift_bytes(width) + self.inner.payload_bytes(count, width, torch.float32)
+        return -(-count // 8) + HEAD.size + self._drift_bytes(width) + self.inner.payload_bytes(count, width, torch.float32)
 
     def expected_bytes(self, count: int, width: int, dtype: torch.dtype, visit: int = 0, samples: int = 1) -> float:
         inner = self.inner.expected_bytes(count, width, torch.float32, visit, samples)
@@ -115,7 +116,8 @@ class Residual(Wrapper):
         inside = parts.inside([state.inner for state in parts.states])
         packed = self.inner.pack_rows(sent, inside)
         payloads: list[Payload] = [
-            HEAD.pack(scale, len(drift)) + drift + payload for scale, drift, payload in zip(scales, drifts, packed.payloads, strict=True)
+            _flags(cache, one, width) + HEAD.pack(scale, len(drift)) + drift + payload
+            for (cache, one, _), scale, drift, payload in zip(_each(parts, now), scales, drifts, packed.payloads, strict=True)
         ]
         facts = []
         for k, (cache, one, rows_now) in enumerate(_each(parts, now)):
@@ -136,7 +138,11 @@ class Residual(Wrapper):
         self, payloads: Sequence[Payload], parts: Parts, width: int, dtype: torch.dtype, device: torch.device
     ) -> tuple[Tensor, list[State]]:
         samples = told(parts)
-        scales, drifts, bodies = zip(*(self._read_head(payload, width) for payload in payloads), strict=True)
+        opened = [
+            self._read_head(_after_flags(payload, state.own, one, width), width)
+            for payload, state, one in zip(payloads, parts.states, samples, strict=True)
+        ]
+        scales, drifts, bodies = zip(*opened, strict=True)
         inside = parts.inside([state.inner for state in parts.states])
         for body, count in zip(bodies, parts.counts, strict=True):
             require_room(body, self.inner, count, width)
@@ -248,6 +254,21 @@ def _chosen(rows: Tensor, known: Tensor) -> Tensor:
 def _spread(drift: Tensor, known: Tensor) -> Tensor:
     """A drift [d] as what each row [q d] has of it: nothing where it is not known."""
     return drift if bool(known.all()) else drift * known[:, None]
+
+
+def _flags(cache: Cache, samples: Samples, width: int) -> bytes:
+    """Which samples of a packet are known, a bit each: so that ends that have come apart notice."""
+    return np.packbits(cache.known(samples, width)).tobytes()
+
+
+def _after_flags(payload: Payload, cache: Cache, samples: Samples, width: int) -> memoryview:
+    """What follows the flags. Raises CodecError when the sender knows other samples than this end."""
+    data, expected = memoryview(payload), _flags(cache, samples, width)
+    if bytes(data[: len(expected)]) != expected:
+        raise CodecError(
+            "the two ends of a stream do not know the same samples.", "one of them has lost a round: resume both from the same checkpoint."
+        )
+    return data[len(expected) :]
 
 
 def _each(parts: Parts, rows: Tensor) -> Iterator[tuple[Cache, Samples, Tensor]]:

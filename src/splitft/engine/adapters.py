@@ -1,8 +1,9 @@
 """Adapters on their way: whole and bit for bit, or, with a codec that loses something, as changes against what both ends know.
 
 Down, the change is against the adapters as the client last received them (before its first round: the start, which everyone knows), so
-what a codec loses is part of the next change. Up, it is against what the client began the round with. A change travels as rows of ROW
-values, the last one filled up with zeros.
+what a codec loses is part of the next change. Up, it is against what the client began the round with; the server adds it to the adapters
+it meant to send, so that what was lost on the way down is not lost to the federation. A change travels as rows of ROW values, the last one
+filled up with zeros.
 
 Axes: p adapter parameters, q parameters that travel.
 """
@@ -31,11 +32,13 @@ Facts: TypeAlias = dict[str, dict[str, float]]
 
 @dataclass
 class AdapterStreams:
-    """A client's streams of adapters in a round (None: adapters travel bit for bit), and the adapters [p] it last received."""
+    """A client's streams of adapters in a round (None: adapters travel bit for bit), the adapters [p] it last received, and what of this
+    round's [q] has not come through."""
 
     up: Stream | None
     down: Stream | None
     known: Tensor | None
+    missing: Tensor | None = None
 
     @classmethod
     def open(cls, settings: TrainSettings, plan: Plan, round_index: int, before: StreamStates | None, start: Tensor) -> AdapterStreams:

@@ -326,6 +326,7 @@ class Cohort:
             row = self.federation.start.clone() if known[k] is None else known[k].clone()  # type: ignore[union-attr]
             put(row, columns[k], received)
             self.adapters[k].known = row
+            self.adapters[k].missing = take(rows[k], columns[k]).cpu() - received
             with torch.no_grad():
                 values[k] = rows[k].to(values.device)
                 put(values[k], columns[k], received.to(values.device))
@@ -373,6 +374,10 @@ class Cohort:
             states[plan.client] = replace(state, streams=self._remembered(k))
             if found := facts_of(self.streams[k], self.adapters[k]):
                 facts[plan.client] = found
+        for k, adapters in enumerate(self.adapters):
+            if adapters.missing is not None:
+                own = self.ownership[k].client_columns(federation.layout, federation.trained)
+                put(values[k], own, take(values[k], own) + adapters.missing)
         if self.shared:
             states[SHARED_SERVER] = self.shared_state()
         return RoundResult(tuple(self.plans), values[: len(self.plans)], tokens, losses, self.ledger, states, targets, facts=facts)

@@ -87,6 +87,7 @@ class Server:
             [change], [data] = carry_changes([adapters.down], [take(row, columns).cpu() - before], [0])
             adapters.known = adapters.known.clone()
             put(adapters.known, columns, before + change)
+            adapters.missing = take(row, columns).cpu() - (before + change)
             with torch.no_grad():
                 put(self.bank.values[session.row], columns, (before + change).to(federation.device))
         if adapters.up is not None:
@@ -261,6 +262,11 @@ class Server:
                 put(self.bank.values[session.row], columns, ending.vector.to(self.federation.device))
             if session.adapters.up is not None:
                 session.adapters.up.receiver = ending.receiver
+        if session.adapters.missing is not None:
+            own = session.ownership.client_columns(self.federation.layout, self.federation.trained)
+            with torch.no_grad():
+                missing = session.adapters.missing.to(self.federation.device)
+                put(self.bank.values[session.row], own, take(self.bank.values[session.row], own) + missing)
         session.targets = ending.targets
         session.finished = True
         accepted = RoundAccepted(round=self.plan.round, client=session.client)
