@@ -11,7 +11,8 @@ from statistics import fmean
 from typing import Any
 
 from experiments.codecs.runs import RESULTS, results_path
-from experiments.codecs.stacks import UNCOMPRESSED
+from experiments.codecs.settings import SETTINGS
+from experiments.codecs.stacks import UNCOMPRESSED, stacks
 
 WITHIN = 0.01  # of the uncompressed run's perplexity
 Line = Mapping[str, float]
@@ -79,16 +80,17 @@ def plain_bytes(reference: Kept, *starts: str, index: int = -1) -> float:
 
 
 def load(setting: str, epochs: int, results: Path = RESULTS) -> dict[str, list[Against]]:
-    """The kept runs of a setting and a length by stack, those whose uncompressed run is kept."""
+    """The kept runs of a setting and a length by stack, those whose uncompressed run is kept. Runs of a stack that has other codecs now
+    are left out: their figures are another stack's."""
     path = results_path(setting, results)
     if not path.is_file():
         return {}
     found: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    names = found["columns"]
+    names, known, side = found["columns"], stacks(epochs), SETTINGS[setting].exit
     runs = [
         Kept(run["stack"], epochs, run["seed"], [dict(zip(names, line, strict=True)) for line in run["points"]])
         for run in found["runs"]
-        if run["epochs"] == epochs
+        if run["epochs"] == epochs and run["stack"] in known and known[run["stack"]].is_kept_as(run["codecs"], side)
     ]
     references = {run.seed: run for run in runs if run.stack == UNCOMPRESSED}
     grouped: dict[str, list[Against]] = {}

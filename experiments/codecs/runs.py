@@ -25,6 +25,7 @@ MEDIUM, LONG = 10, 50
 TOGETHER = 4  # short runs of one process
 # Which stacks run for how many epochs, most telling first: targets in every setting, then all stacks, then controllers with time to learn.
 BOTH = (UNCOMPRESSED, RECOMMENDED)
+COARSE = "recommended_coarse"
 CONTROLLED = ("recommended_bang_bang", "recommended_ddpg", "recommended_energy")
 PARETO = ("shakespeare", "python_docs")
 
@@ -64,7 +65,7 @@ class Job:
 
     def codecs(self) -> dict[str, Any]:
         """The stack as it is configured now; a kept run with other codecs is not this one."""
-        return stacks(self.epochs)[self.stack].values()
+        return stacks(self.epochs)[self.stack].values(SETTINGS[self.setting].exit)
 
     def folder(self, work: Path) -> Path:
         text = json.dumps([self.codecs(), SETTINGS[self.setting].values(self.seed, self.epochs)], sort_keys=True)
@@ -88,11 +89,11 @@ def jobs(
     main = [name for name in chosen if name != "e2e"]  # which is the least telling
     stages = [
         [(name, stack, length) for name in main if SETTINGS[name].exit == "server" for length in LENGTHS for stack in BOTH],
-        [(name, stack, LONG) for name in main if SETTINGS[name].exit == "client" for stack in BOTH],
+        [(name, stack, LONG) for name in main if SETTINGS[name].exit == "client" for stack in (*BOTH, COARSE)],
     ]
     for name in PARETO:
         stages.append([(name, stack, MEDIUM) for stack in stacks() if stack not in BOTH and name in main])
-        stages.append([(name, stack, LONG) for stack in CONTROLLED if name == "shakespeare" and name in main])
+        stages.append([(name, stack, LONG) for stack in (COARSE, *CONTROLLED) if name == "shakespeare" and name in main])
     stages.append([("e2e", stack, length) for length in LENGTHS for stack in BOTH if "e2e" in chosen])
     wanted = [[one for one in stage if one[1] in names and one[2] in epochs] for stage in stages]
     return [Job(name, stack, seed, length) for stage in wanted for seed in seeds for name, stack, length in stage]
@@ -101,7 +102,7 @@ def jobs(
 def configuration(job: Job, places: Places) -> dict[str, Any]:
     """The run's configuration with its paths."""
     setting, stack = SETTINGS[job.setting], stacks(job.epochs)[job.stack]
-    values = {**setting.values(job.seed, job.epochs), **stack.values(), "name": job.folder(places.work).name}
+    values = {**setting.values(job.seed, job.epochs), **stack.values(setting.exit), "name": job.folder(places.work).name}
     values["data"] = setting.data(places.texts, places.work)
     values["run"] = {**values["run"], "folder": str(places.work)}
     values["clients"] = {**values["clients"], "profiles_file": str(LINKS_FILE)}
@@ -138,7 +139,8 @@ def kept(setting: str, results: Path = RESULTS) -> list[dict[str, Any]]:
 
 def is_kept(job: Job, results: Path = RESULTS) -> bool:
     """Whether its figures are there, of the same codecs."""
-    return any(_is(run, job) and run["codecs"] == job.codecs() for run in kept(job.setting, results))
+    stack, side = stacks(job.epochs)[job.stack], SETTINGS[job.setting].exit
+    return any(_is(run, job) and stack.is_kept_as(run["codecs"], side) for run in kept(job.setting, results))
 
 
 def _is(run: Mapping[str, Any], job: Job) -> bool:

@@ -27,8 +27,8 @@ class Stack:
     exit_downlink: Component | None = None
     exit_uplink: Component | None = None
 
-    def values(self) -> dict[str, Any]:
-        """The sections of the configuration."""
+    def values(self, exit_side: str = "client") -> dict[str, Any]:
+        """The sections of the configuration; without those of a U-shape's exit where the exit is on the server."""
         sections = {
             "uplink": self.uplink,
             "downlink": self.downlink,
@@ -37,7 +37,13 @@ class Stack:
             "exit_uplink": self.exit_uplink,
             "controller": self.controller,
         }
-        return {name: dict(one) for name, one in sections.items() if one is not None}
+        used = {name: one for name, one in sections.items() if exit_side == "client" or not name.startswith("exit_")}
+        return {name: dict(one) for name, one in used.items() if one is not None}
+
+    def is_kept_as(self, codecs: Mapping[str, Any], exit_side: str) -> bool:
+        """Whether kept figures of a run with these codecs are this stack's."""
+        wanted = self.values(exit_side)
+        return wanted == {name: one for name, one in codecs.items() if name in wanted or not name.startswith("exit_")}
 
 
 def over(name: str, inner: Component, **fields: Any) -> Component:
@@ -104,6 +110,8 @@ class Preset:
 EXIT = (Cached(0.03, 0.045), Cached(0.15, 0.2))
 SHORT_RUN = Preset(Cached(0.125, 0.2), Cached(0.5, 0.7), 0.5, *EXIT)
 MEDIUM_RUN = Preset(Cached(0.125, 0.2), Cached(0.5, 0.7), 0.5, *EXIT)
+# Where the uplink is what counts: twice the errors of activations.
+LONG_COARSE = Preset(Cached(0.22, 0.35), Cached(0.5, 0.7), 1.0, *EXIT)
 LONG_RUN = Preset(Cached(0.1, 0.15), Cached(0.5, 0.7), 1.0, *EXIT)
 PRESETS: Mapping[int, tuple[str, Preset]] = {
     1: ("short", SHORT_RUN),
@@ -167,6 +175,7 @@ def stacks(epochs: int = 10) -> dict[str, Stack]:
         Stack("cast", "cast", CAST, CAST),
         *(alike(f"quantize_{bits}", f"quantize {bits}", quantize(bits)) for bits in (8, 4, 2)),
         *_bounded_stacks(),
+        LONG_COARSE.stack("recommended_coarse", "recommended (long, coarse activations)"),
         preset.stack("recommended_half", f"{name}, half the errors", 0.5),
         preset.stack("recommended_twice", f"{name}, twice the errors", 2.0),
         *_published(),

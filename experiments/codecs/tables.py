@@ -173,14 +173,16 @@ def controllers(setting: str, epochs: str) -> str:
 
 
 def presets() -> str:
-    """The recommended errors by length of run."""
+    """The recommended errors by length of run; of cached tensors the bound and what is ignored."""
     names = [field.name for field in dataclasses.fields(Preset)]
     rows = [(f"{epochs}", kind, *(_number(getattr(one, name)) for name in names)) for epochs, (kind, one) in PRESETS.items()]
     return table(("epochs", "preset", *(name.replace("_", " ") for name in names)), rows)
 
 
 def _number(value: object) -> str:
-    return f"{value:g}" if isinstance(value, float | int) and not isinstance(value, bool) else str(value)
+    if dataclasses.is_dataclass(value):
+        return " / ".join(_number(getattr(value, field.name)) for field in dataclasses.fields(value))
+    return f"{value:g}" if isinstance(value, float | int) else str(value)
 
 
 MAKERS: Mapping[str, Callable[..., str]] = {

@@ -12,6 +12,8 @@ from splitft.toml import format_value, parse_value
 
 Values: TypeAlias = dict[str, Any]
 EMBEDDED = "embedded"
+# Fields of a component that hold another one.
+INSIDE = ("inner", "rule")
 
 
 def merge_overrides(
@@ -74,6 +76,8 @@ def _normalise(values: Values, name: str, default: Mapping[str, Any], *, named: 
 def _set(values: Values, path: tuple[str, ...], value: Any, folder: Path, problems: list[Problem]) -> None:
     table = values
     for depth, part in enumerate(path[:-1]):
+        if depth and isinstance(table.get(part), str) and part in INSIDE:
+            table[part] = {"name": table[part]}  # a component inside another one, so far by its name alone
         inner = table.setdefault(part, {})
         if not isinstance(inner, dict):
             dotted = ".".join(path)

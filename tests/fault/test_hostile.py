@@ -48,16 +48,17 @@ def test_a_zero_axis_beside_huge_ones_is_refused(codec: Any) -> None:
         codec.decode(Packet.parse(memoryview(data))[0], None)
 
 
-# ---- compress/cast.py: bf16 of a float16 near its maximum decodes to infinity, unnoticed
+# ---- compress/cast.py: bf16 of a float16 near its maximum is beyond float16; it comes back as the largest number there is
 def test_a_cast_never_decodes_to_infinity() -> None:
-    with pytest.raises(CodecError, match="infinite"):
-        Cast().decode(Cast().encode(torch.tensor([65504.0], dtype=torch.float16), None)[0], None)
+    largest = torch.tensor([65504.0], dtype=torch.float16)
+    decoded, _ = Cast().decode(Cast().encode(largest, None)[0], None)
+    assert torch.equal(decoded, largest)
 
 
 def test_a_header_that_lies_about_the_type_gives_no_infinity() -> None:
     packet, _ = Cast().encode(torch.tensor([1e30]), None)
-    with pytest.raises(CodecError):
-        Cast().decode(Packet(packet.codec, torch.float16, packet.shape, packet.payload), None)
+    decoded, _ = Cast().decode(Packet(packet.codec, torch.float16, packet.shape, packet.payload), None)
+    assert bool(torch.isfinite(decoded).all())
 
 
 # ---- engine/server.py _arrive/_gradient: decoded tensors of another width or without axes

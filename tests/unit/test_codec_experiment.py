@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gzip
 import json
 import math
@@ -155,9 +156,13 @@ def test_a_finished_run_is_kept_once_and_not_run_again(tmp_path: Path, monkeypat
     assert runs.run_all([job], places, 1, tmp_path, said.append) == []
     assert said == ["1 of 1 runs are kept already"]
     folder = job.folder(tmp_path)
-    monkeypatch.setattr(runs.Job, "codecs", lambda self: {"uplink": "another"})
+    assert [len(found) for found in measures.load("python_docs", 3, tmp_path).values()] == [1, 1]
+    changed = {**stacks(3), "cast": dataclasses.replace(stacks(3)["cast"], uplink=QUANTIZE)}
+    monkeypatch.setattr(runs, "stacks", lambda epochs=10: changed)
+    monkeypatch.setattr(measures, "stacks", lambda epochs=10: changed)
     assert not runs.is_kept(job, tmp_path), "the figures of other codecs are not its own"
     assert job.folder(tmp_path) != folder
+    assert set(measures.load("python_docs", 3, tmp_path)) == {UNCOMPRESSED}, "nor does the page show them"
     text = runs.results_path("python_docs", tmp_path).read_text("utf-8")
     assert str(tmp_path) not in text
 
@@ -207,6 +212,16 @@ def test_every_stack_and_setting_is_a_configuration_that_can_be_built(tmp_path: 
             assert length.rounds * length.local_steps * settings.BATCH_ROWS == epochs * settings.ROWS, "whole epochs"
             assert setting.values(0, epochs)["rounds"] == length.rounds
         assert setting.exit == ("client" if name.endswith("-u") else "server")
+
+
+def test_codecs_of_the_exit_count_only_in_a_u_shape() -> None:
+    stack = stacks()[RECOMMENDED]
+    other = dataclasses.replace(stack, exit_downlink=CAST)
+    assert stack.values("server").keys() == {"uplink", "downlink", "adapter_uplink"}
+    assert stack.is_kept_as(other.values(), "server")
+    assert stack.is_kept_as(stack.values("server"), "server")
+    assert not stack.is_kept_as(other.values(), "client")
+    assert stack.is_kept_as(stack.values(), "client")
 
 
 def test_percentages_and_marks() -> None:

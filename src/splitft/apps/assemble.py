@@ -289,6 +289,7 @@ def train_settings(config: RunConfig, components: Components) -> TrainSettings:
         seed=config.seed,
         server=config.split.server,
         round_steps=train.local_steps,
+        row_tokens=config.tokens.block_tokens,
         exit_downlink=components.exit_downlink,
         exit_uplink=components.exit_uplink,
     )

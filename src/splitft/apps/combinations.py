@@ -119,5 +119,13 @@ def _of_codecs(config: RunConfig, built: Components) -> Iterator[str]:
             f'synchronisation "{config.synchronisation.name}" sends adapters when it has decided to, which only codec "identity" does '
             "so far: leave adapter_uplink and adapter_downlink alone"
         )
-    if built.controller.probes and asynchronous(config):
-        yield f'controller "{config.controller.name}" probes at the end of a round, which clients.buffer does not have: set it to 0'
+    if built.controller.fixed:
+        return
+    if asynchronous(config):
+        yield f'controller "{config.controller.name}" goes by what a whole round gave, which clients.buffer does not have: set it to 0'
+    used = [built.uplink, built.downlink, *([built.exit_downlink, built.exit_uplink] if config.split.labels == "client" else [])]
+    if all(codec.scaled(2.0) == codec for codec in used):
+        yield (
+            f'controller "{config.controller.name}" turns a dial that none of the codecs has: use error_bounded, topk, temporal or '
+            "lowrank, in any composition"
+        )

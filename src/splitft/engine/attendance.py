@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from splitft.adapt.cost import CostModel
 from splitft.adapt.fleets import Device, available, lost_after, slowed
@@ -184,7 +185,7 @@ def retimed(
     """
     if rules.deadline_s > 0 or not attended.plans:
         return attended
-    made = []
+    made, later = [], []
     for one in attended.plans:
         device, own = devices[one.client], costs[one.client]
         counts, exchanges = counted[one.client], one.local_steps * micro
@@ -197,22 +198,26 @@ def retimed(
             gradients_down_bytes=counts["down"]["gradients"] / exchanges,
         )
         moved = traffic[one.client]
-        made.append(
-            schedule(
-                replace(one, local_steps=exchanges),
-                cost,
-                slowed(device.profile, device.jitter, one.client, rules.seed, index),
-                own.server,
-                fetch_bytes=moved.fetch_bytes,
-                download_bytes=counts["down"]["adapters"],
-                upload_bytes=counts["up"]["adapters"],
-                extra_up_bytes=moved.report_bytes,
-                micro=micro,
-                lost=one.client in attended.lost,
-            )
+        planned = partial(
+            schedule,
+            replace(one, local_steps=exchanges),
+            cost,
+            slowed(device.profile, device.jitter, one.client, rules.seed, index),
+            own.server,
+            fetch_bytes=moved.fetch_bytes,
+            download_bytes=counts["down"]["adapters"],
+            extra_up_bytes=moved.report_bytes,
+            micro=micro,
+            lost=one.client in attended.lost,
         )
-    timing = timed(made, index, rules.seed, rules.server, costs[0].network, start_s)
-    return replace(attended, timing=_without_the_lost(timing, set(attended.lost), 0.0))
+        made.append(planned(upload_bytes=counts["up"]["adapters"]))
+        later.append(planned(upload_bytes=moved.decided_later_bytes))
+
+    def played(schedules: Sequence[ClientSchedule]) -> RoundTiming:
+        timing = timed(schedules, index, rules.seed, rules.server, costs[0].network, start_s)
+        return _without_the_lost(timing, set(attended.lost), 0.0)
+
+    return replace(attended, timing=played(made), uploaded=None if attended.uploaded is None else played(later))
 
 
 def turn_order(seed: int, index: int, clients: Sequence[int]) -> list[int]:

@@ -1,9 +1,10 @@
 """The codecs' dial from round to round: what a controller is told of a round, the probe slice, what the journal says of both.
 
 A controller that asks for it gets a probe: of a few clients, in turn, the first rows of the batch they would train next go through the
-joined model twice, with the tensor at the cut once as 16-bit values and once through the client's codec as its stream stands, so that stale
-caches count as they are. Nothing is learned from the probe and no stream moves on. Its bytes are counted: the uncompressed tensor and
-its labels up (in a U-shape the last hidden state down, twice); the server works out by itself what its end of the codec would have had.
+joined model twice, with the tensor at the cut once as 16-bit values and once through the client's codec as its stream stands, so that
+stale caches count as they are. Nothing is learned from the probe and no stream moves on. Its bytes are counted: the uncompressed tensor
+and its labels up (in a U-shape the last hidden state down, twice); the server works out by itself what its end of the codec would have
+had, but for codecs whose ends remember different things: their packet is counted too.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from splitft.compress.base import HEADER_BYTES
+from splitft.compress.base import HEADER_BYTES, Packet
 from splitft.control.base import Signal
 from splitft.engine.batches import Batch, gather, label_bytes
 from splitft.engine.exchange import Ownership
@@ -134,10 +135,12 @@ def _probe(run: Run, index: int, trained: Trained, adapters: Tensor, states: Map
         state = states.get(plan.client, ClientState())
         batch = _next_rows(federation, plan.client, state, rows)
         streams = open_step_streams(federation.settings, plan, PROBE_ROUND + index, state.streams)
+        packets: list[Packet] = []
         for way, used in enumerate((None, streams)):
-            sums[way] += _loss(federation, bank, plan, batch, used)
+            sums[way] += _loss(federation, bank, plan, batch, used, packets)
         targets += int(batch.targets.sum())
-        total_bytes += _count(trained, federation, plan, batch)
+        coded_bytes = 0 if streams[0].codec.mirrored else packets[0].size_bytes
+        total_bytes += _count(trained, federation, plan, batch, coded_bytes)
     if not targets:
         return {}
     return {"clean_loss": sums[0] / targets, "coded_loss": sums[1] / targets, "bytes": float(total_bytes), "tokens": float(targets)}
@@ -151,8 +154,11 @@ def _next_rows(federation: Federation, client: int, state: ClientState, rows: in
     return gather([federation.clients[client]], [shorter], [step], federation.device)
 
 
-def _loss(federation: Federation, bank: AdapterBank, plan: Plan, batch: Batch, streams: tuple[Stream, ...] | None) -> float:
-    """Summed nll of a batch whose tensors cross the cut (and a U-shape's exit) as 16-bit values, or through these streams."""
+def _loss(
+    federation: Federation, bank: AdapterBank, plan: Plan, batch: Batch, streams: tuple[Stream, ...] | None, packets: list[Packet]
+) -> float:
+    """Summed nll of a batch whose tensors cross the cut (and a U-shape's exit) as 16-bit values, or through these streams, whose `packets`
+    are kept."""
     split = federation.split
     end = Ownership(plan, split.blocks).server_end
     samples = samples_of(batch.samples[0], batch.lengths[0])
@@ -166,7 +172,8 @@ def _loss(federation: Federation, bank: AdapterBank, plan: Plan, batch: Batch, s
             return hidden.to(torch.bfloat16).to(hidden.dtype)
         flat = hidden.reshape(-1, hidden.shape[-1])
         rows = flat if valid is None else flat[valid]
-        decoded, _ = streams[0 if at_cut else 2].carry(rows, samples)
+        decoded, packet = streams[0 if at_cut else 2].carry(rows, samples)
+        packets.append(packet)
         if valid is None:
             return decoded.reshape(hidden.shape)
         result = torch.zeros_like(flat)
@@ -183,15 +190,15 @@ def _loss(federation: Federation, bank: AdapterBank, plan: Plan, batch: Batch, s
     return float(losses.double().sum())
 
 
-def _count(trained: Trained, federation: Federation, plan: Plan, batch: Batch) -> int:
-    """Enter a client's probe in the ledger; its bytes."""
+def _count(trained: Trained, federation: Federation, plan: Plan, batch: Batch, coded_bytes: int) -> int:
+    """Enter a client's probe in the ledger, with `coded_bytes` of the packet where that travels too; its bytes."""
     tokens, sequences = batch.tokens[0], batch.ids.shape[0]
     tensor_bytes = HEADER_BYTES + 2 * tokens * federation.split.hidden_size
     frame_bytes = FRAME_BYTES + STEP_BYTES + 4 * sequences * (2 if federation.settings.keyed else 1)
     ledger = trained.result.ledger
-    ledger.add(plan.client, "up", "activations", tensor_bytes)
+    ledger.add(plan.client, "up", "activations", tensor_bytes + coded_bytes)
     ledger.add(plan.client, "up", "control", frame_bytes)
-    total = tensor_bytes + frame_bytes
+    total = tensor_bytes + coded_bytes + frame_bytes
     if plan.exit_on_client:
         ledger.add(plan.client, "down", "activations", 2 * tensor_bytes)
         ledger.add(plan.client, "up", "control", 8)  # both losses

@@ -16,7 +16,7 @@ from splitft.engine.adapters import AdapterStreams, receive_change
 from splitft.engine.batches import length_mask
 from splitft.engine.exchange import Ownership, decode_vector, packet_of, size_of, spread
 from splitft.engine.labels import Known, receive_labels
-from splitft.engine.settings import Federation, TrainSettings
+from splitft.engine.settings import Federation
 from splitft.engine.streams import samples_of
 from splitft.errors import ProtocolError
 from splitft.messages import Frame, RoundEnd, StepFields
@@ -101,7 +101,7 @@ class Ending:
 
 def step_up(session: Session, frame: Frame, federation: Federation, round_index: int) -> Arrival:
     """A STEP_UP as an arrival. Raises ProtocolError or CodecError."""
-    fields, plan, settings = frame.step(), session.ownership.plan, federation.settings
+    fields, plan = frame.step(), session.ownership.plan
     if plan.is_whole(federation.split.blocks):
         raise ProtocolError(f"client {session.client} holds the whole model and sent a step.", SAME_PLAN)
     _check_order(session, fields, round_index)
@@ -115,7 +115,7 @@ def step_up(session: Session, frame: Frame, federation: Federation, round_index:
             "a step needs at least one target.",
         )
     _check_norm(session, fields.squared_norm)
-    sequences, samples = _sequences(session, frame, settings)
+    sequences, samples = _sequences(session, frame, federation)
     packet = packet_of(frame, 0)
     total = sum(sequences)
     if packet.shape != (total, federation.split.hidden_size):
@@ -141,9 +141,10 @@ def step_up(session: Session, frame: Frame, federation: Federation, round_index:
     return Arrival(session, fields, lengths, hidden, valid, labels, receiver, samples, known)
 
 
-def _sequences(session: Session, frame: Frame, settings: TrainSettings) -> tuple[tuple[int, ...], Samples | None]:
+def _sequences(session: Session, frame: Frame, federation: Federation) -> tuple[tuple[int, ...], Samples | None]:
     """Tokens of each sequence, and their samples where a codec remembers by sample. Raises ProtocolError when numbers are missing."""
-    count = settings.batch_size
+    settings = federation.settings
+    count, most = settings.batch_size, settings.row_tokens or positions_of(federation)
     numbers, due = frame.lengths, 2 * count if settings.keyed else count
     if len(numbers) != due or not all(numbers[:count]):
         named = " with their samples" if settings.keyed else ""
@@ -151,6 +152,12 @@ def _sequences(session: Session, frame: Frame, settings: TrainSettings) -> tuple
             f"client {session.client} sent {len(numbers) * count // due} sequences{named} (numbers {numbers[:4]}), due are {count}.",
             "check train.batch_size and the codecs.",
         )
+    if max(numbers[:count]) > most:
+        # Before anything is decoded: at a variable rate a few bytes may claim any number of tokens.
+        raise ProtocolError(f"client {session.client} sent a sequence of {max(numbers[:count])} tokens, at most {most} are due.", SAME_PLAN)
+    rows = len(federation.clients[session.client].train)
+    if settings.keyed and max(numbers[count:]) >= rows:
+        raise ProtocolError(f"client {session.client} names sample {max(numbers[count:])}, it has {rows}.", "check the client's data.")
     return numbers[:count], samples_of(numbers[count:], numbers[:count]) if settings.keyed else None
 
 
@@ -210,12 +217,16 @@ def _check_alone(session: Session, end: RoundEnd, federation: Federation) -> Non
     """A client with the whole model trained out of sight: what it reports can only be bounded."""
     settings, plan = federation.settings, session.ownership.plan
     sequences = plan.local_steps * settings.gradient_accumulation * settings.batch_size
-    positions = getattr(federation.split.model.config.get_text_config(), "max_position_embeddings", None) or 1 << 20
-    most = sequences * int(positions)
+    most = sequences * positions_of(federation)
     if not 0 < end.tokens <= most:
         raise ProtocolError(
             f"client {session.client} reports {end.tokens} trained tokens; {plan.local_steps} steps have 1 to {most}.", SAME_PLAN
         )
+
+
+def positions_of(federation: Federation) -> int:
+    """The most tokens that the model can take in a row."""
+    return int(getattr(federation.split.model.config.get_text_config(), "max_position_embeddings", None) or 1 << 20)
 
 
 def _check_order(session: Session, fields: StepFields, round_index: int) -> None:
