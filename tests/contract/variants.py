@@ -48,6 +48,8 @@ CODEC_TOWERS: list[tuple[str, dict[str, Any]]] = [
     ("entropy", {"inner": {"name": "temporal", "inner": {"name": "residual", "inner": "quantize"}}}),
     ("feedback", {"inner": {"name": "residual", "inner": {"name": "topk", "share": 0.5, "inner": {"name": "entropy"}}}}),
 ]
+# Codecs that another one takes only with fields that are not their defaults.
+INSIDE: dict[tuple[str, str], dict[str, Any]] = {("feedback", "randk"): {"name": "randk", "unbiased": False}}
 POLICY_FIELDS: dict[str, list[dict[str, Any]]] = {
     "fixed": [{"cuts": [2]}, {"cuts": [1, 6, 3, 2, 5]}],
     "resource": [{"prefer": "shallowest", "slack": 0.5, "tolerance": 0.0}],
@@ -123,7 +125,7 @@ def _composed() -> list[Variant]:
     for inner in CODECS:
         mirrored = Variant("uplink", inner, {}).build().mirrored
         outers = ("entropy", "residual", "feedback", "lowrank") if mirrored else ("entropy",)
-        found += [Variant("uplink", outer, {"inner": inner}) for outer in outers]
+        found += [Variant("uplink", outer, {"inner": INSIDE.get((outer, inner), inner)}) for outer in outers]
     return found
 
 

@@ -105,6 +105,11 @@ FAULTS: dict[str, tuple[Bad, type[SplitftError], str]] = {
         ProtocolError,
         "tokens of width",
     ),
+    "a sequence longer than the model": (
+        lambda drive, message: reframe(message, lengths=(1_000_000, *lengths_of(message)[1:])),
+        ProtocolError,
+        "a sequence of 1000000 tokens, at most",
+    ),
     "NaN": (lambda drive, message: repacket(message, 0, poisoned), CodecError, "1 of .* values are NaN"),
     "another codec": (
         lambda drive, message: repacket(message, 0, lambda packet: Packet(2, packet.dtype, packet.shape, packet.payload)),

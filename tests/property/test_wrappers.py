@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from splitft.compress.base import Codec, Packet, Samples, State
 from splitft.compress.cast import Cast
 from splitft.compress.entropy import Entropy
+from splitft.compress.error_bounded import ErrorBounded
 from splitft.compress.feedback import Feedback
 from splitft.compress.identity import Identity
 from splitft.compress.quantize import Quantize
@@ -28,9 +29,9 @@ CHANGES = Residual(inner=Cast("float32"), cache_dtype="float32")
 CODECS: dict[str, Codec] = {
     "topk": TopK(share=0.3),
     "topk-random": TopK(share=0.3, random=0.4, inner=Quantize(bits=4, rounding="stochastic")),
-    "topk-residual": TopK(share=0.3, inner=CHANGES),
+    "topk-error-bounded": TopK(share=0.3, inner=ErrorBounded(0.1)),
     "randk": RandK(share=0.3),
-    "randk-residual": RandK(share=0.3, inner=CHANGES),
+    "randk-error-bounded": RandK(share=0.3, unbiased=False, inner=ErrorBounded(0.1)),
     "feedback": Feedback(),
     "feedback-int2": Feedback(inner=Quantize(bits=2, rounding="stochastic")),
     "feedback-randk": Feedback(inner=RandK(unbiased=False), decay=0.9),

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import errno
+import tempfile
 from collections import OrderedDict
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from splitft.compress import cache as cache_module
 from splitft.compress.base import Samples
 from splitft.compress.cache import KEPT, Budget, Cache, Ledger, finite_as, rows_of
-from splitft.errors import ConfigError
+from splitft.errors import ConfigError, ResourceError
 from splitft.rng import numpy_stream, torch_stream
 
 BUDGETS = [
@@ -126,3 +130,78 @@ def test_rows_of_chosen_samples() -> None:
 def test_wrong_fields_are_refused(fields: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
         Budget(**fields)
+
+
+def filled(budget: Budget, count: int) -> tuple[Cache, Ledger]:
+    """A cache of so many samples of 1 to 3 rows, and the notes on it."""
+    told = Samples(tuple((7 * k) % count for k in range(count)), tuple(1 + k % 3 for k in range(count)))
+    rows = torch.randn(sum(told.rows), 4, generator=torch_stream(3, "cache-test"))
+    return Cache(budget).put(told, rows), Ledger(budget).put(told, rows[:, :2], 4)
+
+
+@pytest.mark.parametrize("budget", BUDGETS, ids=str)
+@pytest.mark.parametrize("saved", [Budget(), Budget(kept="float32")], ids=str)
+def test_restored_is_what_one_put_for_each_sample_gives(budget: Budget, saved: Budget) -> None:
+    """Under the budget it was saved under or a smaller one, in another type: a run may be resumed with other settings."""
+    cache, ledger = filled(saved, 20)
+    flat, noted, expected, notes = cache.flatten(), ledger.flatten(), Cache(budget), Ledger(budget)
+    for one, entry in cache.entries.items():
+        assert isinstance(entry, torch.Tensor)
+        expected = expected.put(Samples((one,), (len(entry),)), entry)
+        note = ledger.entries[one]
+        notes = notes.put(Samples((one,), (len(entry),)), note.summary, note.width)
+    found, found_notes = Cache(budget).restored(flat), Ledger(budget).restored(noted)
+    assert list(found.entries) == list(expected.entries) == list(found_notes.entries) == list(notes.entries)
+    assert found.held_bytes == expected.held_bytes == found_notes.held_bytes == notes.held_bytes
+    assert found.flatten().keys() == expected.flatten().keys()
+    assert all(torch.equal(tensor, expected.flatten()[name]) for name, tensor in found.flatten().items())
+    assert all(torch.equal(tensor, notes.flatten()[name]) for name, tensor in found_notes.flatten().items())
+
+
+def test_thousands_of_samples_are_restored_in_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One new value in all, not one for each sample: every one copies what was there before."""
+    cache, ledger = filled(Budget(), 20_000)
+    made: list[object] = []
+    real = cache_module.replace
+
+    def counted(value: Any, **changes: Any) -> Any:
+        made.append(value)
+        return real(value, **changes)
+
+    monkeypatch.setattr(cache_module, "replace", counted)
+    found, notes = Cache(Budget()).restored(cache.flatten()), Ledger(Budget()).restored(ledger.flatten())
+    assert len(made) == 2
+    assert len(found.entries) == len(notes.entries) == 20_000
+    assert found.held_bytes == cache.held_bytes == notes.held_bytes
+    assert torch.equal(found.flatten()["values"], cache.flatten()["values"])
+    one = next(iter(found.entries.values()))
+    assert isinstance(one, torch.Tensor)
+    assert one.untyped_storage().nbytes() == one.numel() * one.element_size(), "each has its own memory, which goes when it goes"
+
+
+SPILLING, TOLD = Budget(1e-6, spill=True), Samples((1,), (2,))
+
+
+def test_no_more_files_to_open_is_an_error_with_a_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused() -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refused)
+    with pytest.raises(ResourceError, match=r"cannot open .*\[Errno 24\] Too many open files.*cache_mb.*spill = false.*ulimit"):
+        Cache(SPILLING).put(TOLD, torch.ones(2, 4))
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no device that is always full")
+def test_a_full_disk_is_an_error_with_a_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The system's own full disk: it fails when the buffer is written, as a real one does.
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda: open("/dev/full", "w+b"))  # noqa: SIM115 - the cache closes it
+    with pytest.raises(ResourceError, match=r"cannot write 16 bytes to .* holds 1.6e-05 MB: .*No space left.*disk space"):
+        Cache(SPILLING).put(TOLD, torch.ones(2, 4))
+
+
+def test_a_file_that_has_lost_its_end_is_an_error() -> None:
+    cache = Cache(SPILLING).put(TOLD, torch.ones(2, 4))
+    assert cache.store is not None
+    cache.store.file.truncate(3)
+    with pytest.raises(ResourceError, match=r"cannot read 16 bytes from .*3 bytes are there"):
+        cache.rows(TOLD, 4)

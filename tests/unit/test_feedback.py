@@ -9,10 +9,12 @@ import torch
 
 from splitft.compress.base import Codec, Samples, State
 from splitft.compress.cast import Cast
+from splitft.compress.entropy import Entropy
 from splitft.compress.feedback import Feedback
 from splitft.compress.identity import Identity
 from splitft.compress.quantize import Quantize
 from splitft.compress.randk import RandK
+from splitft.compress.residual import Residual
 from splitft.compress.topk import TopK
 from splitft.errors import CodecError, ConfigError
 from splitft.rng import torch_stream
@@ -214,8 +216,17 @@ def test_samples_that_do_not_add_up_are_refused() -> None:
         ({"decay": 1.5}, "decay"),
         ({"cache_mb": -1}, "cache"),
         ({"inner": Feedback()}, "feedback: inner is feedback"),
+        ({"inner": RandK()}, "unbiased = false"),
+        ({"inner": Entropy(inner=RandK(share=1.0))}, "unbiased = false"),
+        ({"inner": Residual(inner=TopK(inner=RandK()))}, "unbiased = false"),
+        ({"inner": RandK(unbiased=False, inner=RandK())}, "unbiased = false"),
     ],
 )
 def test_wrong_fields_are_refused(fields: dict[str, Any], word: str) -> None:
     with pytest.raises(ConfigError, match=word):
         Feedback(**fields)
+
+
+def test_a_biased_randk_inside_stays_one_whatever_the_dial() -> None:
+    codec = Feedback(inner=Entropy(inner=RandK(unbiased=False)))
+    assert codec.scaled(3.0) == Feedback(inner=Entropy(inner=RandK(share=0.1 / 3.0, unbiased=False)))

@@ -12,7 +12,7 @@ from splitft.compress.base import Packet, Samples
 from splitft.compress.cast import Cast
 from splitft.compress.coding import encode_codes
 from splitft.compress.error_bounded import ErrorBounded
-from splitft.compress.projection import HEAD, Projection, _drawn
+from splitft.compress.projection import HEAD, Basis, Projection, _drawn
 from splitft.errors import CodecError, ConfigError
 from splitft.rng import torch_stream
 
@@ -121,3 +121,35 @@ def test_a_model_too_wide_is_refused_before_any_work() -> None:
         PLAIN.encode(torch.zeros(1, 8193), PLAIN.init())
     with pytest.raises(ConfigError, match="2 wrong fields"):
         Projection(basis="x", dimensions=-1)  # type: ignore[arg-type]
+
+
+def test_a_basis_that_is_known_already_is_refused_before_it_is_worked_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inverting one takes d^3 operations: a client must not be able to ask for that with every packet."""
+    rows = rows_near_axes(16, 12)
+    first, sender = PLAIN.encode(rows, PLAIN.init())
+    _, receiver = PLAIN.decode(first, PLAIN.init())
+    again = PLAIN.restore(PLAIN.flatten(receiver))
+    second, _ = PLAIN.encode(rows, PLAIN.restore(PLAIN.flatten(sender)))
+    for state in (receiver, again):
+        assert torch.equal(PLAIN.decode(second, state)[0], PLAIN.decode(first, PLAIN.init())[0]), "after a restart none is sent or missed"
+        with monkeypatch.context() as patched:
+            patched.setattr("splitft.compress.projection.decode_codes", None)
+            with pytest.raises(CodecError, match="a second basis for 12 channels"):
+                PLAIN.decode(first, state)
+    narrow, _ = PLAIN.encode(rows[:, :6], sender)
+    assert PLAIN.decode(narrow, again)[0].shape == (16, 6), "another width has another basis"
+
+
+@pytest.mark.parametrize(("basis", "dimensions"), [("learned", 0), ("learned", 5), ("random", 0), ("random", 5), ("random", 32)])
+def test_facts_are_those_of_the_rows(basis: Basis, dimensions: int) -> None:
+    codec, rows = Projection(ErrorBounded(0.1), basis, dimensions), rows_near_axes(64, 32) + 0.3
+    packet, _ = codec.encode(rows, codec.init())
+    decoded, _ = codec.decode(packet, codec.init())
+    squared, error = float(rows.double().square().sum()), float((rows.double() - decoded.double()).square().sum())
+    if (basis, dimensions) == ("learned", 0):
+        assert packet.facts["squared"] == pytest.approx(squared, rel=0.03), "orthogonal but for its rounding"
+        assert packet.facts["squared_error"] == pytest.approx(error, rel=0.03)
+    else:
+        assert packet.facts["squared"] == pytest.approx(squared, rel=1e-12)
+        assert "squared_error" not in packet.facts, "that of coordinates is another one"
+    assert packet.facts["stage_basis_bytes"] >= HEAD.size

@@ -5,10 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from splitft.compress.base import HEADER_BYTES, Packet
+from splitft.compress.base import HEADER_BYTES, Codec, Packet
+from splitft.compress.error_bounded import ErrorBounded
+from splitft.compress.feedback import Feedback
 from splitft.compress.identity import Identity
 from splitft.compress.quantize import Quantize
 from splitft.compress.randk import RandK
+from splitft.compress.residual import Residual
 from splitft.errors import CodecError, ConfigError
 from splitft.rng import torch_stream
 
@@ -100,3 +103,26 @@ def test_a_payload_without_its_seed_is_refused() -> None:
 def test_wrong_fields_are_refused(fields: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match=f"{next(iter(fields))} is"):
         RandK(**fields)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("share", "unbiased"), [(0.3, False), (1.0, False), (1.0, True)])
+def test_facts_are_those_of_all_channels(share: float, unbiased: bool) -> None:
+    codec, rows, counts = RandK(inner=ErrorBounded(0.1), share=share, unbiased=unbiased), random(12, 40), [5, 1, 6]
+    packets, _ = codec.encode_batch(rows, counts, [codec.init()] * 3, [torch_stream(k, "draw") for k in range(3)])
+    decoded, _ = codec.decode_batch(packets, [codec.init()] * 3)
+    for packet, one, arrived in zip(packets, rows.double().split(counts), decoded.double().split(counts), strict=True):
+        assert packet.facts["squared"] == pytest.approx(float(one.square().sum()), rel=1e-12)
+        assert packet.facts["squared_error"] == pytest.approx(float((one - arrived).square().sum()), rel=1e-5)
+
+
+def test_an_unbiased_one_tells_no_error_that_is_not_its_own() -> None:
+    facts = sent(RandK(inner=ErrorBounded(0.1), share=0.3), random(5, 40)).facts
+    assert not {"squared", "squared_error"} & facts.keys()
+    assert facts["stage_codes_bytes"] > 0
+
+
+@pytest.mark.parametrize("inner", [Residual(), Feedback()], ids=["residual", "feedback"])
+def test_an_inner_codec_that_remembers_samples_is_refused(inner: Codec) -> None:
+    with pytest.raises(ConfigError, match="put what remembers outside"):
+        RandK(inner=inner)
+    Residual(inner=RandK(share=0.3))

@@ -32,9 +32,11 @@ def test_what_travels_is_the_change_over_the_root_mean_square() -> None:
     _, first, states = send(codec, ROWS, None)
     now = ROWS * 1.1
     packet, second, _ = send(codec, now, states)
-    scale = struct.unpack("<f", packet.payload[:4])[0]
+    flags, payload = packet.payload[:1], packet.payload[1:]
+    assert bytes(flags) == b"\xc0", "both samples are known"
+    scale = struct.unpack("<f", payload[:4])[0]
     assert scale == pytest.approx(float(now.square().mean().sqrt()), rel=1e-6)
-    sent = torch.frombuffer(bytearray(packet.payload[HEAD.size :]), dtype=torch.float32).reshape(5, 16)
+    sent = torch.frombuffer(bytearray(payload[HEAD.size :]), dtype=torch.float32).reshape(5, 16)
     assert torch.equal(sent, (now - first) / scale)
     assert torch.allclose(second, now, rtol=1e-6, atol=1e-7)
 
@@ -102,10 +104,25 @@ def test_facts_are_those_of_the_rows() -> None:
     assert packet.facts["squared_error"] == pytest.approx(float((now - second).square().sum()), rel=0.05)
 
 
-@pytest.mark.parametrize("payload", [b"", bytes(3), *(HEAD.pack(scale, 0) + bytes(9) for scale in (0.0, -1.0, float("nan"), float("inf")))])
+@pytest.mark.parametrize(
+    "payload", [b"", bytes(3), bytes(7), *(HEAD.pack(scale, 0) + bytes(9) for scale in (0.0, -1.0, float("nan"), float("inf")))]
+)
 def test_scales_that_cannot_be_are_refused(payload: bytes) -> None:
     with pytest.raises(CodecError, match="scale"):
-        Residual().decode(Packet(5, torch.float32, (5, 16), payload), Residual().init(), SAMPLES)
+        Residual().decode(Packet(5, torch.float32, (5, 16), b"\x00" + payload), Residual().init(), SAMPLES)
+
+
+def test_ends_that_know_different_samples_notice() -> None:
+    codec = Residual()
+    first, _, (sender, receiver) = send(codec, ROWS, None)
+    assert bytes(first.payload[:1]) == b"\x00", "none is known"
+    second, _ = codec.encode(ROWS, sender, None, SAMPLES)
+    half, _ = codec.encode(ROWS[:3], codec.init(), None, Samples((7,), (3,)))
+    _, knows_one = codec.decode(half, codec.init(), Samples((7,), (3,)))
+    empty = Packet(5, torch.float32, (5, 16), b"")
+    for packet, state in ((second, codec.init()), (second, knows_one), (first, receiver), (empty, receiver)):
+        with pytest.raises(CodecError, match="do not know the same samples"):
+            codec.decode(packet, state, SAMPLES)
 
 
 def test_an_inner_codec_whose_ends_differ_is_refused() -> None:

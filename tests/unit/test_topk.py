@@ -6,11 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from splitft.compress.base import HEADER_BYTES, Packet
+from splitft.compress.base import HEADER_BYTES, Codec, Packet
 from splitft.compress.cast import Cast
+from splitft.compress.entropy import Entropy
+from splitft.compress.error_bounded import ErrorBounded
+from splitft.compress.feedback import Feedback
 from splitft.compress.identity import Identity
 from splitft.compress.positions import kept_channels, position_bytes
 from splitft.compress.quantize import Quantize
+from splitft.compress.residual import Residual
 from splitft.compress.topk import TopK
 from splitft.errors import CodecError, ConfigError
 from splitft.rng import torch_stream
@@ -130,3 +134,23 @@ def test_values_that_would_be_dropped_are_checked_too() -> None:
 def test_wrong_fields_are_refused(fields: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match=f"{next(iter(fields))} is"):
         TopK(**fields)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("random_share", [0.0, 0.5])
+@pytest.mark.parametrize("share", [0.01, 0.3, 1.0])
+def test_facts_are_those_of_all_channels(share: float, random_share: float) -> None:
+    codec, rows, counts = TopK(inner=ErrorBounded(0.1), share=share, random=random_share), random(12, 40), [5, 1, 6]
+    draws = [torch_stream(k, "draw") if codec.draws else None for k in range(3)]
+    packets, _ = codec.encode_batch(rows, counts, [codec.init()] * 3, draws)
+    decoded, _ = codec.decode_batch(packets, [codec.init()] * 3)
+    for packet, sent, arrived in zip(packets, rows.double().split(counts), decoded.double().split(counts), strict=True):
+        assert packet.facts["squared"] == pytest.approx(float(sent.square().sum()), rel=1e-12)
+        # But for the rounding of what is decoded to float32.
+        assert packet.facts["squared_error"] == pytest.approx(float((sent - arrived).square().sum()), rel=1e-5)
+
+
+@pytest.mark.parametrize("inner", [Residual(), Feedback(), Entropy(inner=Residual())], ids=["residual", "feedback", "inside"])
+def test_an_inner_codec_that_remembers_samples_is_refused(inner: Codec) -> None:
+    with pytest.raises(ConfigError, match="put what remembers outside"):
+        TopK(inner=inner)
+    Residual(inner=TopK(share=0.3))

@@ -8,9 +8,10 @@ Axes: q rows (tokens) of a packet, d channels.
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import IO, Literal, NamedTuple, TypeVar
 
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from splitft.compress.base import Parts, Samples, State
-from splitft.errors import ConfigError
+from splitft.errors import ConfigError, ResourceError
 
 Kept = Literal["bfloat16", "float16", "float32"]
 KEPT = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -33,7 +34,8 @@ class Budget:
 
     `evict = "new"`: what does not fit is not kept, so that a part of the samples is served in every epoch; `"oldest"` drops what was
     used longest ago, for streams that do not come back (over whole epochs it would drop every sample just before it is due).
-    `spill`: what does not fit lies in a temporary file in place of being dropped.
+    `spill`: what does not fit lies in a temporary file in place of being dropped. It does not bound the memory that writing a checkpoint
+    takes: `flatten` reads all of it back. Each cache has a file of its own. Where none can be made, or the disk is full: ResourceError.
     """
 
     megabytes: float = 0.0
@@ -61,9 +63,10 @@ class SpillFile:
     """A temporary file without a name for what does not fit into memory; places that are free again are used again."""
 
     def __init__(self) -> None:
-        self.file: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as somebody may read from it
-        weakref.finalize(self, self.file.close)
         self.end = 0
+        with self._disk("open"):
+            self.file: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as somebody may read from it
+        weakref.finalize(self, _close, self.file)
         self.free: dict[int, list[int]] = {}
 
     def write(self, values: Tensor) -> Spilled:
@@ -71,9 +74,38 @@ class SpillFile:
         places = self.free.get(len(data))
         offset = places.pop() if places else self.end
         self.end = max(self.end, offset + len(data))
-        self.file.seek(offset)
-        self.file.write(data)
+        with self._disk(f"write {len(data)} bytes to"):
+            self.file.seek(offset)
+            self.file.write(data)
+            self.file.flush()  # or a full disk would be noticed when something else is read
         return Spilled(self, offset, tuple(values.shape), values.dtype)
+
+    def read(self, offset: int, size_bytes: int) -> bytearray:
+        """What was written there."""
+        with self._disk(f"read {size_bytes} bytes from"):
+            self.file.seek(offset)
+            data = bytearray(self.file.read(size_bytes))
+            if len(data) != size_bytes:
+                raise OSError(f"{len(data)} bytes are there")
+        return data
+
+    @contextlib.contextmanager
+    def _disk(self, action: str) -> Iterator[None]:
+        """Says what the system refuses as a ResourceError."""
+        try:
+            yield
+        except OSError as problem:
+            raise ResourceError(
+                f"cannot {action} the temporary file of a codec's cache, which holds {self.end / 1e6:.3g} MB: {problem}.",
+                "raise cache_mb so that more fits into memory, set spill = false to drop what does not, allow more open files (ulimit -n; "
+                "each client and tensor that spills has one), or free disk space where TMPDIR is.",
+            ) from problem
+
+
+def _close(file: IO[bytes]) -> None:
+    # What could not be written is tried once more by closing; nobody needs it any longer.
+    with contextlib.suppress(OSError):
+        file.close()
 
 
 class Spilled:
@@ -84,9 +116,7 @@ class Spilled:
         self.bytes = int(np.prod(shape)) * dtype.itemsize
 
     def read(self) -> Tensor:
-        self.store.file.seek(self.offset)
-        data = bytearray(self.store.file.read(self.bytes))
-        return torch.frombuffer(data, dtype=self.dtype).reshape(self.shape)
+        return torch.frombuffer(self.store.read(self.offset, self.bytes), dtype=self.dtype).reshape(self.shape)
 
     def __del__(self) -> None:
         self.store.free.setdefault(self.bytes, []).append(self.offset)
@@ -118,9 +148,13 @@ class Cache:
 
     def put(self, samples: Samples, rows: Tensor) -> Cache:
         """The cache after these rows [q d] have been seen; of an id that stands twice in a packet the last rows count."""
-        entries, held, store = dict(self.entries), self.held_bytes, self.store
         kept = finite_as(rows.detach().to("cpu"), KEPT[self.budget.kept])
-        for one, part in zip(samples.ids, torch.split(kept, list(samples.rows)), strict=True):
+        return self._with(zip(samples.ids, torch.split(kept, list(samples.rows)), strict=True))
+
+    def _with(self, seen: Iterable[tuple[int, Tensor]]) -> Cache:
+        """The cache after these rows [t d] of samples, in the type it keeps: one copy of what it held, however many they are."""
+        entries, held, store = dict(self.entries), self.held_bytes, self.store
+        for one, part in seen:
             size = part.numel() * part.element_size()
             held, fits = _make_room(self.budget, entries, held, one, size, _held)
             if fits:
@@ -148,11 +182,9 @@ class Cache:
         if "samples" not in tensors:
             return self
         shapes: list[list[int]] = tensors["samples"].tolist()
-        parts = torch.split(tensors["values"], [rows * width for _, rows, width in shapes])
-        found = self
-        for (one, rows, width), part in zip(shapes, parts, strict=True):
-            found = found.put(Samples((one,), (rows,)), part.reshape(rows, width))
-        return found
+        kept = finite_as(tensors["values"].detach().to("cpu"), KEPT[self.budget.kept])
+        parts = torch.split(kept, [rows * width for _, rows, width in shapes])
+        return self._with((one, part.reshape(rows, width)) for (one, rows, width), part in zip(shapes, parts, strict=True))
 
     @staticmethod
     def _fits(entry: Tensor | Spilled | None, rows: int, width: int) -> bool:
@@ -189,8 +221,12 @@ class Ledger:
 
     def put(self, samples: Samples, summaries: Tensor, width: int) -> Ledger:
         """After the cache has been given rows of `width` channels, of which these are the summaries [q k]."""
+        return self._with((one, part, width) for one, part in zip(samples.ids, torch.split(summaries, list(samples.rows)), strict=True))
+
+    def _with(self, seen: Iterable[tuple[int, Tensor, int]]) -> Ledger:
+        """The ledger after these summaries [t k] of samples of so many channels: one copy of what it held, however many they are."""
         entries, held = dict(self.entries), self.held_bytes
-        for one, part in zip(samples.ids, torch.split(summaries, list(samples.rows)), strict=True):
+        for one, part, width in seen:
             size = part.shape[0] * width * KEPT[self.budget.kept].itemsize
             held, fits = _make_room(self.budget, entries, held, one, size, lambda note: note.held_bytes if note else 0)
             if fits or self.budget.spill:
@@ -214,10 +250,8 @@ class Ledger:
         if "noted" not in tensors:
             return self
         shapes: list[list[int]] = tensors["noted"].tolist()
-        found = self
-        for (one, rows, width), part in zip(shapes, torch.split(tensors["summaries"], [rows for _, rows, _ in shapes]), strict=True):
-            found = found.put(Samples((one,), (rows,)), part, width)
-        return found
+        parts = torch.split(tensors["summaries"], [rows for _, rows, _ in shapes])
+        return self._with((one, part, width) for (one, _, width), part in zip(shapes, parts, strict=True))
 
 
 def finite_as(rows: Tensor, dtype: torch.dtype) -> Tensor:

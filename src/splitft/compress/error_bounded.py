@@ -41,7 +41,7 @@ class ErrorBounded(Codec):
     the packet, every token or every channel (`per`). What most values are far below costs next to nothing: the rate follows the values by
     itself, token by token and channel by channel. `rounding = "stochastic"` is right on average and has half as many bytes to spend, for
     its steps are half as wide. `dead_zone` above 0.5 rounds more values to zero: fewer bytes, and a step so much narrower that the bound
-    holds. Stateless. At the same error 2.5 to 4 times smaller than SZ3 or zfp on hidden states, which have no smoothness to predict from.
+    holds. Stateless.
     """
 
     number: ClassVar[int] = 4

@@ -17,6 +17,7 @@ from torch import Tensor
 from splitft.compress.base import Codec, Facts, Packed, Parts, Payload, Samples, State, require_finite, require_samples
 from splitft.compress.bits import BF16_MAX
 from splitft.compress.cache import KEPT, Budget, Cache, Evict, Kept
+from splitft.compress.randk import RandK
 from splitft.compress.topk import TopK
 from splitft.compress.wrapper import Nested, Wrapper, on_cpu
 from splitft.errors import ConfigError
@@ -39,7 +40,7 @@ class Feedback(Wrapper):
     for one stream of gradients, e by sample is ours). e lies at the sender alone: by sample where the packet's samples are told
     (`cache_mb`, `evict`, `cache_dtype`, `spill` as in `Budget`; a sample that is not held is owed nothing), else for the last packet if
     it had the same shape. `decay` below 1 forgets old errors. Needs an inner codec whose error is smaller than what it sends: `topk`,
-    `quantize`, and `randk` only if it is not unbiased.
+    `quantize`, and `randk` only if it is not unbiased: the other is refused, however deep inside.
     """
 
     number: ClassVar[int] = 10
@@ -56,6 +57,12 @@ class Feedback(Wrapper):
         if not self.inner.mirrored:
             name = type(self.inner).__name__.lower()
             raise ConfigError(f"feedback: inner is {name}, whose sender cannot tell what arrives.", "put feedback around once, outermost.")
+        if _multiplies(self.inner):
+            raise ConfigError(
+                "feedback: inner is or contains a randk with unbiased = true, whose error may be larger than what it sends: "
+                "what is owed would grow without end.",
+                "set unbiased = false in that randk.",
+            )
         if type(self.decay) not in (int, float) or not 0.0 < self.decay <= 1.0:
             raise ConfigError(f"feedback: decay is {self.decay!r}; allowed are numbers above 0 up to 1.", "see docs/methods.md.")
         self.start()
@@ -116,6 +123,13 @@ class Feedback(Wrapper):
 
     def expected_bytes(self, count: int, width: int, dtype: torch.dtype, visit: int = 0, samples: int = 1) -> float:
         return self.inner.expected_bytes(count, width, dtype, visit, samples)
+
+
+def _multiplies(codec: Codec) -> bool:
+    """Whether a codec is an unbiased randk, or one is inside it."""
+    if isinstance(codec, RandK) and codec.unbiased:
+        return True
+    return isinstance(codec, Wrapper) and _multiplies(codec.inner)
 
 
 def _owing(own: Owed, samples: Samples | None, count: int, width: int) -> Tensor:

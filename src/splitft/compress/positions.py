@@ -5,23 +5,46 @@ Axes: q rows, d channels, k channels of a row that are sent.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from splitft.compress.base import Payload
+from splitft.compress.base import Codec, Facts, Payload
 from splitft.errors import CodecError, ConfigError
 
 # What a dial may bring a share down to; one channel is sent at least.
 SMALLEST_SHARE = 1e-9
+# Facts about the energy of a packet's values and of their errors.
+ENERGIES = ("squared", "squared_error")
 
 
 def require_share(share: float, name: str) -> None:
     """ConfigError unless it is a share of the channels: above 0, at most 1."""
     if type(share) not in (int, float) or not 0.0 < share <= 1.0:
         raise ConfigError(f"{name}: share is {share!r}; allowed are numbers above 0 up to 1.", "see docs/methods.md.")
+
+
+def require_no_memory(inner: Codec, name: str) -> None:
+    """ConfigError for a codec inside that remembers by sample: other channels are kept each time, which it would take for the same."""
+    if inner.hears_samples:
+        raise ConfigError(
+            f"{name}: inner is {type(inner).__name__.lower()}, which remembers samples; {name} hands it other channels each time.",
+            f"put what remembers outside, {name} inside of it.",
+        )
+
+
+def with_dropped(facts: Sequence[Facts], rows: Tensor, channels: Tensor, counts: Sequence[int]) -> list[Facts]:
+    """The facts of a codec that was given `channels` [q k] of the rows [q d] of packets alone, as they are of all channels, of which the
+    others arrive as zeros: what is dropped adds its squares to those of the values and of their errors."""
+    found: list[Facts] = []
+    for fact, part, kept in zip(facts, torch.split(rows, list(counts)), torch.split(channels, list(counts)), strict=True):
+        told = [name for name in ENERGIES if name in fact]
+        lost = float(part.double().scatter(1, kept, 0.0).square().sum()) if told else 0.0
+        found.append({**fact, **{name: fact[name] + lost for name in told}})
+    return found
 
 
 def scaled_share(share: float, factor: float) -> float:

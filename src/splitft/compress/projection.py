@@ -17,9 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from splitft.compress.base import Codec, Packed, Parts, Payload, State, require_finite
+from splitft.compress.base import Codec, Facts, Packed, Parts, Payload, State, require_finite
 from splitft.compress.bits import BF16_MAX
 from splitft.compress.coding import decode_codes, encode_codes, most_code_bytes
+from splitft.compress.positions import ENERGIES
 from splitft.compress.residual import Residual, require_room
 from splitft.compress.wrapper import Nested, Wrapper, on_cpu
 from splitft.errors import CodecError, ConfigError
@@ -97,7 +98,11 @@ class Projection(Wrapper):
         inside = parts.inside([state.inner for state in parts.states])
         packed = self.inner.pack_rows(torch.cat(coordinates), inside)
         payloads: list[Payload] = [head + payload for head, payload in zip(heads, packed.payloads, strict=True)]
-        facts = [{**fact, "stage_basis_bytes": float(len(head))} for fact, head in zip(packed.facts, heads, strict=True)]
+        split = torch.split(wide, list(parts.counts))
+        facts = [
+            {**self._facts(fact, part), "stage_basis_bytes": float(len(head))}
+            for fact, part, head in zip(packed.facts, split, heads, strict=True)
+        ]
         return Packed(payloads, [Nested(one, inner) for one, inner in zip(known, packed.states, strict=True)], facts)
 
     def unpack_rows(
@@ -117,6 +122,18 @@ class Projection(Wrapper):
         whole = torch.cat(decoded).clamp_(-limit, limit)
         require_finite(whole, "received coordinates")
         return whole.to(device, dtype), [Nested(one, within) for one, within in zip(known, inner, strict=True)]
+
+    def _facts(self, inner: Facts, rows: Tensor) -> Facts:
+        """What is known of a packet's rows [q d] from what is known of their coordinates.
+
+        All coordinates of a learned basis have very nearly the energy of the rows, and their errors that of the rows' errors: but for its
+        rounding it is orthogonal. Of fewer, or of random axes, this is not so: the rows' energy is taken of the rows, and no error is
+        told. What is said of samples that are known inside (`known_squared`, `residual_squared`) stays that of coordinates.
+        """
+        if "squared" not in inner or (self.basis == "learned" and self._coordinates(rows.shape[1]) == rows.shape[1]):
+            return inner
+        kept = {name: value for name, value in inner.items() if name not in ENERGIES}
+        return {**kept, "squared": float(rows.double().square().sum())}
 
     def _begin(self, own: _Known | None, rows: Tensor) -> tuple[bytes, _Known]:
         """What a payload begins with, and the basis to use: a new one with the first packet."""
@@ -138,6 +155,9 @@ class Projection(Wrapper):
         if comes > 1 or size > len(body) or (size > 0) != (comes == 1) or (comes and self.basis == "random"):
             raise CodecError(f"a basis of {size} bytes (flag {comes}) in a payload of {len(data)}.", "the message is damaged.")
         if comes:
+            if own is not None and own.codes.shape[1] == width:
+                # Nobody sends it twice, and to work out its inverse takes d^3: a client could keep the server busy with it.
+                raise CodecError(f"a second basis for {width} channels arrived.", "both ends must begin the stream together.")
             return _known(torch.from_numpy(decode_codes(body[:size], self._coordinates(width), width))), body[size:]
         if self.basis == "random":
             same = own is not None and own.codes.shape[1] == width

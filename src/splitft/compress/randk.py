@@ -19,7 +19,7 @@ from torch import Tensor
 
 from splitft.compress.base import Codec, Packed, Parts, Payload, State, require_finite
 from splitft.compress.groups import packet_of_row
-from splitft.compress.positions import kept_channels, require_share, scaled_share
+from splitft.compress.positions import ENERGIES, kept_channels, require_no_memory, require_share, scaled_share, with_dropped
 from splitft.compress.wrapper import Nested, Wrapper
 from splitft.errors import CodecError, ConfigError
 from splitft.rng import numpy_stream
@@ -34,7 +34,7 @@ class RandK(Wrapper):
     The receiver draws the same channels from a seed of 8 bytes, so positions cost nothing more. `unbiased`: what arrives is multiplied by
     d/k, so that it is right on average over the drawing, d/k - 1 times its energy off; without it the error is never larger than the
     values. Inside `feedback` it must be off: an error that may be larger than what was sent grows there without end. Prefer `topk` unless
-    positions are too dear.
+    positions are too dear. An inner codec that remembers samples is refused, for it would compare other channels each time.
     """
 
     number: ClassVar[int] = 9
@@ -45,6 +45,7 @@ class RandK(Wrapper):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_share(self.share, "randk")
+        require_no_memory(self.inner, "randk")
         if type(self.unbiased) is not bool:
             raise ConfigError(f"randk: unbiased is {self.unbiased!r}; allowed are true and false.", "see docs/methods.md.")
 
@@ -59,13 +60,17 @@ class RandK(Wrapper):
         require_finite(rows, "tensor to send by channels drawn")
         rows, kept = rows.cpu(), kept_channels(self.share, rows.shape[1])
         seeds = [_seed(generator) for generator in parts.generators]
-        values = rows.gather(1, _of_rows(seeds, rows.shape[1], kept, parts.counts))
-        inner = self.inner.pack_rows(values, parts.inside([state.inner for state in parts.states]))
+        channels = _of_rows(seeds, rows.shape[1], kept, parts.counts)
+        inner = self.inner.pack_rows(rows.gather(1, channels), parts.inside([state.inner for state in parts.states]))
         heads = [seed.to_bytes(SEED_BYTES, "little") for seed in seeds]
+        known = with_dropped(inner.facts, rows, channels, parts.counts)
+        if self.unbiased and kept < rows.shape[1]:
+            # What arrives is not what the inner codec was given, so its error is not that of these values; one sum goes with the other.
+            known = [{name: value for name, value in facts.items() if name not in ENERGIES} for facts in inner.facts]
         return Packed(
             [b"".join(pair) for pair in zip(heads, inner.payloads, strict=True)],
             [Nested(None, state) for state in inner.states],
-            [{**facts, "stage_positions_bytes": SEED_BYTES + facts.get("stage_positions_bytes", 0.0)} for facts in inner.facts],
+            [{**facts, "stage_positions_bytes": SEED_BYTES + facts.get("stage_positions_bytes", 0.0)} for facts in known],
         )
 
     def unpack_rows(

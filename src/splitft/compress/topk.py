@@ -17,7 +17,16 @@ import torch
 from torch import Tensor
 
 from splitft.compress.base import Codec, Packed, Parts, Payload, State, as_rows, require_finite, to_bytes
-from splitft.compress.positions import kept_channels, pack_positions, position_bytes, require_share, scaled_share, unpack_positions
+from splitft.compress.positions import (
+    kept_channels,
+    pack_positions,
+    position_bytes,
+    require_no_memory,
+    require_share,
+    scaled_share,
+    unpack_positions,
+    with_dropped,
+)
 from splitft.compress.stateless import slices
 from splitft.compress.wrapper import Nested, Wrapper, on_cpu
 from splitft.errors import CodecError, ConfigError
@@ -30,6 +39,7 @@ class TopK(Wrapper):
     Of two equal values the lower channel is kept. `random`: this share of the kept places goes to values drawn evenly among the others
     (randomised top-k, arXiv 2305.18469, which draws place by place whether it is such a one; here their number is fixed, so that a
     packet's size is). Without it what is dropped is off by its own magnitude. Prefer it inside `feedback`, where that is made good later.
+    Every row keeps other channels each time, so an inner codec that remembers samples is refused: put it outside.
     """
 
     number: ClassVar[int] = 8
@@ -40,6 +50,7 @@ class TopK(Wrapper):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_share(self.share, "topk")
+        require_no_memory(self.inner, "topk")
         if type(self.random) not in (int, float) or not 0.0 <= self.random <= 1.0:
             raise ConfigError(f"topk: random is {self.random!r}; allowed are numbers from 0 to 1.", "see docs/methods.md.")
 
@@ -62,7 +73,7 @@ class TopK(Wrapper):
             [Nested(None, state) for state in inner.states],
             [
                 {**facts, "stage_positions_bytes": size + facts.get("stage_positions_bytes", 0.0)}
-                for facts, size in zip(inner.facts, sizes, strict=True)
+                for facts, size in zip(with_dropped(inner.facts, rows, channels, parts.counts), sizes, strict=True)
             ],
         )
 

@@ -219,7 +219,7 @@ def _state(facts: dict[str, Any], tensors: dict[str, Tensor]) -> RunState:
     def named(prefix: str) -> dict[str, Tensor]:
         return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
-    forms = facts.get("streams", {})
+    forms, streams = facts.get("streams", {}), _by_client(named("streams."))
     clients = {
         int(client): ClientState(
             batches=int(one["batches"]),
@@ -230,7 +230,7 @@ def _state(facts: dict[str, Any], tensors: dict[str, Tensor]) -> RunState:
             deepest=int(one["deepest"]),
             folded=int(one["folded"]),
             cut=int(one["cut"]),
-            streams=unflattened(forms[client], named(f"streams.{client}.")) if client in forms else None,
+            streams=unflattened(forms[client], streams.get(client, {})) if client in forms else None,
         )
         for client, one in facts["clients"].items()
     }
@@ -254,6 +254,15 @@ def _state(facts: dict[str, Any], tensors: dict[str, Tensor]) -> RunState:
             for client, one in facts["pending"].items()
         },
     )
+
+
+def _by_client(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Tensors whose names begin with a client and a dot, by client and what follows."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        client, _, rest = name.partition(".")
+        found.setdefault(client, {})[rest] = tensor
+    return found
 
 
 def require_same(saved: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
