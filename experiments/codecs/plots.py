@@ -46,12 +46,19 @@ def _panel(drawing: Drawing, heading: str, found: Sequence[Place], top: float) -
     drawing.line(x.start_px, y(100 * WITHIN), x.end_px, y(100 * WITHIN), "line thin g-other dash")
     drawing.text(x.end_px, y(100 * WITHIN) - 5, "within 1 %", "t small", anchor="end")
     drawing.path([_spot(place, x, y) for place in best], "line bold c1")
+    written: list[tuple[float, float]] = []
     for number, place in enumerate(found, 1):
         left, height = _spot(place, x, y)
         on_front = place in best
         drawing.circle(left, height, 5 if on_front else 4, f"dot {'c1' if on_front else 'c0'}", _hover(place))
         above = 100 * place.excess > HIGHEST
-        drawing.text(left + 7, height + 4, f"{number}" + (f" ({100 * place.excess:.0f} % ↑)" if above else ""), "t small")
+        words = f"{number}" + (f" ({100 * place.excess:.0f} % ↑)" if above else "")
+        # Above its dot, and higher yet, where another number stands already.
+        line, room = height + 4, 9.0 * len(words)
+        while any(abs(line - there) < 11 and abs(left - beside) < room for beside, there in written):
+            line -= 12
+        written.append((left, line))
+        drawing.text(left + 7, line, words, "t small")
 
 
 def _spot(place: Place, x: Scale, y: Scale) -> tuple[float, float]:

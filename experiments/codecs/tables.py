@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 from experiments.codecs.figures import LINKS
 from experiments.codecs.measures import WITHIN, Against, cheapest_within, load, places
-from experiments.codecs.runs import MEDIUM
+from experiments.codecs.runs import COARSE, LONG, MEDIUM
 from experiments.codecs.settings import LENGTHS, SETTINGS
-from experiments.codecs.stacks import PRESETS, RECOMMENDED, UNCOMPRESSED, Preset, stacks
+from experiments.codecs.stacks import LONG_COARSE, PRESETS, RECOMMENDED, UNCOMPRESSED, Preset, stacks
 
 CONTROLLED = ("recommended", "recommended_energy", "recommended_bang_bang", "recommended_ddpg", "splitcom", "splitcom_bang_bang")
 DASH = "—"
@@ -61,19 +61,21 @@ def title(stack: str, epochs: int = MEDIUM) -> str:
 
 
 def targets() -> str:
-    """Every target in every setting: what the recommended stack took, and at what quality."""
+    """Every target in every setting: what the recommended stacks took, and at what quality."""
     rows = []
     for target in TARGETS:
         for name, setting in SETTINGS.items():
-            runs = load(name, target.epochs).get(RECOMMENDED, []) if setting.exit == target.exit else []
-            if runs:
+            for stack, kind in ((RECOMMENDED, PRESETS[target.epochs][0]), (COARSE, "long, coarse")):
+                runs = load(name, target.epochs).get(stack, []) if setting.exit == target.exit else []
+                if not runs or (stack != RECOMMENDED and target.epochs != LONG):
+                    continue
                 taken, excess = [run.share(*target.starts) for run in runs], [run.excess() for run in runs]
                 sides = [one.run for one in runs], [one.reference for one in runs]
                 own, reference = (statistics.fmean(one.perplexity() for one in side) for side in sides)
                 rows.append(
                     (
                         setting.heading,
-                        f"{target.epochs} ({PRESETS[target.epochs][0]})",
+                        f"{target.epochs} ({kind})",
                         f"{target.what} ≤ {100 * target.limit:g} %",
                         percent(taken),
                         percent(excess, sign=True),
@@ -175,7 +177,8 @@ def controllers(setting: str, epochs: str) -> str:
 def presets() -> str:
     """The recommended errors by length of run; of cached tensors the bound and what is ignored."""
     names = [field.name for field in dataclasses.fields(Preset)]
-    rows = [(f"{epochs}", kind, *(_number(getattr(one, name)) for name in names)) for epochs, (kind, one) in PRESETS.items()]
+    listed = [(epochs, kind, one) for epochs, (kind, one) in PRESETS.items()] + [(LONG, "long, coarse", LONG_COARSE)]
+    rows = [(f"{epochs}", kind, *(_number(getattr(one, name)) for name in names)) for epochs, kind, one in listed]
     return table(("epochs", "preset", *(name.replace("_", " ") for name in names)), rows)
 
 

@@ -174,7 +174,9 @@ def test_what_is_run_and_in_which_order() -> None:
     both = {UNCOMPRESSED, RECOMMENDED}
     for setting in ("python_docs", "shakespeare"):
         assert {job.stack for job in listed if (job.setting, job.seed, job.epochs) == (setting, 1, 10)} == set(stacks())
-        assert {(job.stack, job.epochs) for job in listed if job.setting == f"{setting}-u"} == {(stack, 50) for stack in both}
+        assert {(job.stack, job.epochs) for job in listed if job.setting == f"{setting}-u"} == {
+            (stack, 50) for stack in (*both, runs.COARSE)
+        }
     for epochs in settings.LENGTHS:
         assert both <= {job.stack for job in listed if (job.setting, job.epochs) == ("e2e", epochs)}
     assert all(any(one == runs.Job(job.setting, UNCOMPRESSED, job.seed, job.epochs) for one in listed) for job in listed), "its reference"
