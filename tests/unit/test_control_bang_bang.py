@@ -53,7 +53,11 @@ def test_it_settles_inside_the_band_and_stays(power: float, move: float) -> None
 
 @pytest.mark.parametrize("seed", range(5))
 def test_from_the_fine_end_it_never_overshoots_by_more_than_a_move_and_noise_in_the_band_moves_nothing(seed: int) -> None:
-    trace = drive(BangBang(), lambda dial, number: 0.002 * dial**2 * (1.0 + 0.1 * numpy_stream(seed, "plant", number).uniform(-1, 1)), 80)
+    trace = drive(
+        BangBang(coarse=4.0, start=0.0),
+        lambda dial, number: 0.002 * dial**2 * (1.0 + 0.1 * numpy_stream(seed, "plant", number).uniform(-1, 1)),
+        80,
+    )
     dials = [dial for dial, _ in trace]
     assert dials[0] == 0.25
     assert max(excess for _, excess in trace) <= 0.01 * 1.5 * 1.1, "the root of 1.5, squared"
@@ -62,21 +66,21 @@ def test_from_the_fine_end_it_never_overshoots_by_more_than_a_move_and_noise_in_
 
 
 def test_it_follows_a_plant_that_becomes_more_sensitive() -> None:
-    trace = drive(BangBang(), lambda dial, number: (0.001 if number < 40 else 0.004) * dial**2, 80)
+    trace = drive(BangBang(coarse=4.0, start=0.0), lambda dial, number: (0.001 if number < 40 else 0.004) * dial**2, 80)
     assert 1.4 * trace[-1][0] < trace[38][0]
     assert all(excess <= 0.01 for _, excess in trace[:39])
     assert all(excess <= 0.01 for _, excess in trace[46:])
 
 
 def test_the_two_valued_law_of_the_paper_knows_two_values() -> None:
-    trace = drive(BangBang(move=0.0, fine=0.5, coarse=2.0), lambda dial, _: 0.004 * dial**2)
+    trace = drive(BangBang(move=0.0, fine=0.5, coarse=2.0, start=0.0), lambda dial, _: 0.004 * dial**2)
     assert {dial for dial, _ in trace} == {0.5, 2.0}
-    calm = drive(BangBang(move=0.0, fine=0.5, coarse=2.0), lambda dial, _: 0.002 * dial**2)
+    calm = drive(BangBang(move=0.0, fine=0.5, coarse=2.0, start=0.0), lambda dial, _: 0.002 * dial**2)
     assert [dial for dial, _ in calm[1:]] == [2.0] * 59, "an excess in the band keeps the coarse dial"
 
 
 def test_moves_one_by_one() -> None:
-    rule = BangBang(start=1.0)
+    rule = BangBang(start=1.0, coarse=4.0)
     root = math.sqrt(1.5)
     assert after(rule, probe(0.02), probe(0.007), probe(0.001)) == pytest.approx([1 / 1.5, 1 / 1.5, root / 1.5])
     assert after(rule, probe(0.0), probe(-0.5)) == pytest.approx([root, 1.5])
@@ -86,14 +90,14 @@ def test_moves_one_by_one() -> None:
 
 
 def test_the_average_forgets_a_single_excursion_only_in_part_and_starts_anew_after_a_move() -> None:
-    rule = BangBang(start=1.0, smoothing=0.5)
+    rule = BangBang(start=1.0, smoothing=0.5, coarse=4.0)
     assert after(rule, probe(0.006), probe(0.013)) == [1.0, 1.0], "the mean, 0.0095, is inside"
     assert after(rule, probe(0.006), probe(0.015)) == pytest.approx([1.0, 1 / 1.5]), "the mean, 0.0105, is not"
     assert after(rule, probe(0.5), probe(0.007)) == pytest.approx([1 / 1.5, 1 / 1.5]), "the first belongs to the old dial"
 
 
 def test_the_guard_makes_finer_and_bars_the_way_back_until_an_evaluation_is_inside() -> None:
-    rule = BangBang(start=1.0)
+    rule = BangBang(start=1.0, coarse=4.0)
     signals = [probe(0.0, held_out_loss=3.0), probe(0.0, held_out_loss=3.04), probe(0.0), probe(0.0, held_out_loss=3.02), probe(0.0)]
     root = math.sqrt(1.5)
     assert after(rule, *signals) == pytest.approx([root, root / 1.5, root / 1.5, 1.0, root])
@@ -105,7 +109,7 @@ def test_the_guard_makes_finer_and_bars_the_way_back_until_an_evaluation_is_insi
 def test_the_gradients_dial_moves_along_or_not_at_all() -> None:
     signal = Signal(1, 2, 1, 1, 8, **probe(0.0))
     for moves in (True, False):
-        rule = BangBang(gradients=moves)
+        rule = BangBang(gradients=moves, coarse=4.0, start=0.0)
         assert rule.first(rule.init(0)) == Dial(0.25, 0.25 if moves else 1.0)
         dial, _, facts = rule.step(signal, rule.init(0))
         assert dial.gradients == (dial.activations if moves else 1.0)
@@ -114,13 +118,13 @@ def test_the_gradients_dial_moves_along_or_not_at_all() -> None:
 
 def test_longer_moves_need_a_wider_band() -> None:
     """What the docstring promises and no more: an excess that jumps over the band makes the dial swing."""
-    trace = drive(BangBang(move=4.0, hysteresis=0.9), lambda dial, _: 0.002 * dial**2)
+    trace = drive(BangBang(move=4.0, hysteresis=0.9, coarse=4.0, start=0.0), lambda dial, _: 0.002 * dial**2)
     assert any(one != other for (one, _), (other, _) in pairwise(trace[-10:]))
 
 
 def test_every_wrong_field_is_named() -> None:
     with pytest.raises(ConfigError, match="6 wrong fields") as caught:
-        BangBang(budget=0.0, hysteresis=2.0, smoothing=True, fine=3.0, coarse=2.0, move=0.5, gradients=1)  # type: ignore[arg-type]
+        BangBang(budget=0.0, hysteresis=2.0, smoothing=True, fine=3.0, coarse=2.0, move=0.5, gradients=1, start=0.0)  # type: ignore[arg-type]
     assert [problem.split()[0] for problem in caught.value.problems] == ["budget", "hysteresis", "smoothing", "fine", "move", "gradients"]
     with pytest.raises(ConfigError, match=r"start is 9\.0; allowed are 0, or a dial from fine to coarse"):
-        BangBang(start=9.0)
+        BangBang(start=9.0, coarse=4.0)

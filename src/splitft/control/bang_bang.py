@@ -34,7 +34,9 @@ class BangBang(Controller):
 
     The probe shows what errors do to the loss of given weights, not what they do to the training. So there is a guard: a held-out loss
     more than `budget` above the best so far (or above the base model's) makes finer, and nothing is made coarser until an evaluation
-    is inside again. It cannot tell harm by the codec from overfitting. A round without a probe and without an evaluation changes nothing.
+    is inside again. Nor is the dial opened beyond `coarse`, by default 1, the errors as configured: allowed four times those, runs of
+    fifty epochs left their budget, for training loses more than the probe sees. It cannot tell harm by the codec from overfitting. A
+    round without a probe and without an evaluation changes nothing.
 
     `start`: the first dial, 0 for `fine`. `gradients`: whether their dial moves along, else it stays at 1; a forward probe does not see
     their errors. SplitCom drives a threshold of similarity by the validation perplexity and publishes no constants: budget as a share
@@ -47,9 +49,9 @@ class BangBang(Controller):
     hysteresis: float = 0.5
     smoothing: float = 0.5
     fine: float = 0.25
-    coarse: float = 4.0
+    coarse: float = 1.0
     move: float = 1.5
-    start: float = 0.0
+    start: float = 0.5
     gradients: bool = True
 
     def __post_init__(self) -> None:
