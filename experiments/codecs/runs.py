@@ -26,7 +26,7 @@ TOGETHER = 4  # short runs of one process
 # Which stacks run for how many epochs, most telling first: targets in every setting, then all stacks, then controllers with time to learn.
 BOTH = (UNCOMPRESSED, RECOMMENDED)
 COARSE = "recommended_coarse"
-CONTROLLED = ("recommended_bang_bang", "recommended_ddpg", "recommended_energy")
+CONTROLLED = ("recommended_bang_bang", "recommended_open", "recommended_ddpg", "recommended_energy")
 PARETO = ("shakespeare", "python_docs")
 
 

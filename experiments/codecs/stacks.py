@@ -10,6 +10,8 @@ Component = Mapping[str, Any]
 CAST: Component = {"name": "cast", "dtype": "bfloat16"}
 IDENTITY: Component = {"name": "identity"}
 LORA_RANK = 8
+BANG_BANG: Component = {"name": "bang_bang"}
+OPEN: Component = {**BANG_BANG, "coarse": 4.0, "start": 0.25}
 UNCOMPRESSED, RECOMMENDED = "uncompressed", "recommended"
 
 
@@ -151,7 +153,7 @@ def _published() -> list[Stack]:
         Stack(
             "splitcom_int8", "SplitCom: temporal 0.98 over int8 up, int8 down", over("temporal", quantize(8), threshold=0.98), quantize(8)
         ),
-        Stack("splitcom_bang_bang", "SplitCom: temporal up, bang_bang, 16 bit down", temporal, CAST, controller={"name": "bang_bang"}),
+        Stack("splitcom_bang_bang", "SplitCom: temporal up, bang_bang, 16 bit down", temporal, CAST, controller=OPEN),
     ]
 
 
@@ -180,6 +182,8 @@ def stacks(epochs: int = 10) -> dict[str, Stack]:
         preset.stack("recommended_twice", f"{name}, twice the errors", 2.0),
         *_published(),
         *_sparse(),
-        *(preset.stack(f"recommended_{one}", f"{name} with {one}", controller={"name": one}) for one in ("bang_bang", "ddpg", "energy")),
+        *(preset.stack(f"recommended_{one}", f"{name} with {one}", controller={"name": one}) for one in ("ddpg", "energy")),
+        preset.stack("recommended_bang_bang", f"{name} with bang_bang", controller={**BANG_BANG, "coarse": 1.0, "start": 0.5}),
+        preset.stack("recommended_open", f"{name} with bang_bang up to 4", controller=OPEN),
     ]
     return {one.name: one for one in found}

@@ -14,7 +14,15 @@ from experiments.codecs.runs import COARSE, LONG, MEDIUM
 from experiments.codecs.settings import LENGTHS, SETTINGS
 from experiments.codecs.stacks import LONG_COARSE, PRESETS, RECOMMENDED, UNCOMPRESSED, Preset, stacks
 
-CONTROLLED = ("recommended", "recommended_energy", "recommended_bang_bang", "recommended_ddpg", "splitcom", "splitcom_bang_bang")
+CONTROLLED = (
+    "recommended",
+    "recommended_energy",
+    "recommended_bang_bang",
+    "recommended_open",
+    "recommended_ddpg",
+    "splitcom",
+    "splitcom_bang_bang",
+)
 DASH = "—"
 
 
