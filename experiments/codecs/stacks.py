@@ -112,7 +112,7 @@ class Preset:
 EXIT = (Cached(0.03, 0.045), Cached(0.15, 0.2))
 SHORT_RUN = Preset(Cached(0.125, 0.2), Cached(0.5, 0.7), 0.5, *EXIT)
 MEDIUM_RUN = Preset(Cached(0.125, 0.2), Cached(0.5, 0.7), 0.5, *EXIT)
-# Where the uplink is what counts: twice the errors of activations.
+# Where the uplink is what counts: two and a half times the errors of activations at the cut, a little more at the exit.
 LONG_COARSE = Preset(Cached(0.25, 0.4), Cached(0.5, 0.7), 1.0, Cached(0.037, 0.055), Cached(0.16, 0.22))
 LONG_RUN = Preset(Cached(0.1, 0.15), Cached(0.5, 0.7), 1.0, *EXIT)
 PRESETS: Mapping[int, tuple[str, Preset]] = {
