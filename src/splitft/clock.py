@@ -66,6 +66,11 @@ def utc_now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
+def utc_time() -> datetime:
+    """The present moment in UTC, for certificates and logs only: nothing waits by the wall clock, which may jump."""
+    return datetime.now(UTC)
+
+
 @dataclass(frozen=True, slots=True)
 class Stage:
     """One stretch of work on one resource. A transfer also takes `latency_s`, which delays its arrival.

@@ -14,16 +14,13 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_serializer, model_validator
 
 from splitft.config_checks import Problem, cross_check, plain_fault, problems_of
+from splitft.config_federation import FederationSection
+from splitft.config_fields import Count, CountOrZero, Decay, NotNegative, Section, Share
 from splitft.config_values import Values, merge_overrides, resolve_paths, without
 from splitft.errors import ConfigError
 from splitft.toml import read_toml, write_toml
 
 REMEDY = "docs/configuration.md lists every field."
-Count = Annotated[int, Field(ge=1, le=1_000_000_000)]
-CountOrZero = Annotated[int, Field(ge=0, le=1_000_000_000)]
-Share = Annotated[float, Field(ge=0.0, lt=1.0, allow_inf_nan=False)]
-Decay = Annotated[float, Field(ge=0.0, lt=1.0, allow_inf_nan=False)]
-NotNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 
 
 def _lora_targets(value: object) -> object:
@@ -38,12 +35,6 @@ def _strings(value: object) -> object:
     if isinstance(value, list | tuple) and value and all(isinstance(item, str) and item for item in value):
         return tuple(value)
     raise ValueError('must be a list of one or more names such as ["laptop"]')
-
-
-class Section(BaseModel):
-    """One table of the file: unknown fields are refused, values are not coerced, nothing changes afterwards."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=False)
 
 
 class Component(BaseModel):
@@ -319,6 +310,7 @@ class RunConfig(Section):
     synchronisation: Component = _component("every_round", "Whether a round ends with an aggregation.")
     evaluate: EvaluateSection = Field(default_factory=EvaluateSection)
     engine: EngineSection = Field(default_factory=EngineSection)
+    federation: FederationSection = Field(default_factory=FederationSection)
     run: RunSection = Field(default_factory=RunSection)
 
     @model_validator(mode="after")

@@ -10,6 +10,14 @@
     ├── CodecError               8   a tensor or packet a codec refuses
     ├── ResourceError            9   memory, disk or device
     ├── MissingExtraError       10   an optional package is not installed
+    ├── FederationError         11   client and server do not come together, for another reason than these:
+    │   ├── UnreachableError    12   nobody answers at the server's address; the only one that is tried again
+    │   ├── UntrustedError      13   the server's certificate is not the federation's
+    │   ├── IdentityError       14   a certificate or key of this side is refused, expired or unsafe
+    │   ├── RosterError         15   the federation does not list this client, or no longer
+    │   ├── VersionError        16   the two sides speak different versions of the protocol
+    │   ├── PolicyError         17   the server asks for what this client's policy file forbids
+    │   └── ExcludedError       18   the server no longer works with this client: repeated bad messages, or another process took its place
     └── Interrupted            130   stopped by the user; the run can be resumed
 
 Each says what was wrong and the value, what was allowed, and what to do next (`remedy`). One page each in `docs/errors.md`.
@@ -91,6 +99,54 @@ class MissingExtraError(SplitftError):
     """A feature needs an optional package."""
 
     exit_code = 10
+
+
+class FederationError(SplitftError):
+    """Client and server do not come together."""
+
+    exit_code = 11
+
+
+class UnreachableError(FederationError):
+    """Nobody answers at the server's address. The only one of its kind that is worth trying again."""
+
+    exit_code = 12
+
+
+class UntrustedError(FederationError):
+    """The server shows a certificate that the federation's authority did not sign for this address."""
+
+    exit_code = 13
+
+
+class IdentityError(FederationError):
+    """A certificate or key of this side is missing, refused, expired, or readable by others."""
+
+    exit_code = 14
+
+
+class RosterError(FederationError):
+    """The federation does not list this client, or has revoked it."""
+
+    exit_code = 15
+
+
+class VersionError(FederationError):
+    """The two sides speak different versions of the protocol."""
+
+    exit_code = 16
+
+
+class PolicyError(FederationError):
+    """The server asks for what this client's policy file forbids."""
+
+    exit_code = 17
+
+
+class ExcludedError(FederationError):
+    """The server no longer works with this client: repeated bad messages, or another process took its place."""
+
+    exit_code = 18
 
 
 class Interrupted(SplitftError):  # noqa: N818 - it is a state, not a fault

@@ -8,6 +8,8 @@ A step, exit on the server:   client STEP_UP (activations, labels)            ->
 A step, exit on the client:   client STEP_UP (activations)                    -> server HIDDEN_DOWN (activations)
                               client GRADIENT_UP (gradients)                  -> server STEP_DOWN (gradients)
 A round:                      server ROUND_START (plan, adapters), steps ...,  client ROUND_END (adapters, tokens)
+A measurement:                server SCORE_START (plan, adapters), client SCORE_UP (activations, labels) -> server SCORE_DOWN
+                              (in a U-shape with activations), ..., client SCORE_END (its sums)
 
 Global-norm clipping needs no round trip of its own: STEP_DOWN carries the squared norm of the server's gradients, the client's next
 message the client's, and the server steps when it has it.
@@ -19,7 +21,7 @@ import enum
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
 
 import msgspec
 
@@ -27,6 +29,7 @@ from splitft.errors import ProtocolError
 from splitft.types import Kind
 
 MAGIC = b"SFT1"
+Buffer: TypeAlias = bytes | bytearray | memoryview
 FRAME = struct.Struct("<4sBBHIQ")
 FRAME_BYTES = FRAME.size
 STEP_FIELDS = struct.Struct("<IIIIIIdd")
@@ -46,6 +49,10 @@ class Type(enum.IntEnum):
     STEP_DOWN = 5
     ROUND_END = 6
     ROUND_ACCEPTED = 7
+    SCORE_START = 8
+    SCORE_UP = 9
+    SCORE_DOWN = 10
+    SCORE_END = 11
 
 
 PACKET_KINDS: dict[Type, tuple[Kind, ...]] = {
@@ -56,6 +63,10 @@ PACKET_KINDS: dict[Type, tuple[Kind, ...]] = {
     Type.STEP_DOWN: ("gradients",),
     Type.ROUND_END: ("adapters",),
     Type.ROUND_ACCEPTED: (),
+    Type.SCORE_START: ("adapters",),
+    Type.SCORE_UP: ("activations", "labels"),
+    Type.SCORE_DOWN: ("activations",),
+    Type.SCORE_END: (),
 }
 
 
@@ -127,8 +138,30 @@ class RoundAccepted(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     client: int
 
 
-Fields = RoundStart | RoundEnd | RoundAccepted
-FieldsT = TypeVar("FieldsT", RoundStart, RoundEnd, RoundAccepted)
+class ScoreStart(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a client is to measure on its held-out rows; the joined adapters of its own blocks travel beside it."""
+
+    round: int
+    client: int
+    cut: int
+    tail_blocks: int
+    exit_on_client: bool
+    batch_size: int
+    max_rows: int
+
+
+class ScoreEnd(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Sums over a client's held-out targets: nll in nats, right predictions, their number. With the exit on the server it knows better."""
+
+    round: int
+    client: int
+    loss_sum: float
+    correct: int
+    tokens: int
+
+
+Fields = RoundStart | RoundEnd | RoundAccepted | ScoreStart | ScoreEnd
+FieldsT = TypeVar("FieldsT", RoundStart, RoundEnd, RoundAccepted, ScoreStart, ScoreEnd)
 
 
 @dataclass(frozen=True)
@@ -184,7 +217,7 @@ def round_frame(kind: Type, fields: Fields, packets: Sequence[bytes | memoryview
     return Frame(kind, msgspec.msgpack.encode(fields), (), tuple(packets))
 
 
-def decode(data: bytes | memoryview, limit_bytes: int = MAX_FRAME_BYTES) -> Frame:
+def decode(data: Buffer, limit_bytes: int = MAX_FRAME_BYTES) -> Frame:
     """The frame in `data`, which must be exactly one. The packets are views, still to be parsed by their codec's Packet.parse.
 
     Raises ProtocolError for anything that is not a well-formed frame; nothing is allocated before the lengths are checked.

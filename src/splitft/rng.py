@@ -7,6 +7,7 @@ calls. There is no global seeding, so nothing a library draws can shift what spl
 from __future__ import annotations
 
 import hashlib
+import secrets
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -32,3 +33,8 @@ def torch_stream(seed: int, purpose: str, *indices: int) -> torch.Generator:
     import torch
 
     return torch.Generator(device="cpu").manual_seed(stream_seed(seed, purpose, *indices))
+
+
+def fresh_bytes(count: int) -> bytes:
+    """Bytes nobody can guess, from the operating system: for keys, tokens and names of processes, never for training."""
+    return secrets.token_bytes(count)

@@ -36,5 +36,5 @@ def test_exit_codes_tell_the_classes_apart() -> None:
 
 
 def test_the_tree_in_the_module_names_every_class_and_code() -> None:
-    drawn = dict(re.findall(r"^\s+[├└ ─]*(\w+)\s+(\d+)", inspect.getdoc(errors) or "", re.MULTILINE))
+    drawn = dict(re.findall(r"^\s+[│├└ ─]*(\w+)\s+(\d+)", inspect.getdoc(errors) or "", re.MULTILINE))
     assert drawn == {kind.__name__: str(kind.exit_code) for kind in CLASSES}

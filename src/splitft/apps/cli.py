@@ -1,6 +1,6 @@
 """The command line. Each command imports what it needs when it runs, so `splitft --help` answers at once.
 
-run   demo   plan   compare   report   export   doctor   cite
+run   demo   plan   compare   report   export   server   client   enroll   doctor   cite
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import typer
 
 from splitft import __version__
 from splitft.apps import console
+from splitft.apps.enroll_command import enroll_app
 from splitft.errors import CheckpointError, ConfigError
 from splitft.toml import format_value
 
@@ -28,6 +29,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+app.add_typer(enroll_app)
 
 ConfigAndOverrides = Annotated[
     list[str] | None,
@@ -170,6 +173,76 @@ def export(
         from splitft.apps.export import export as write_export
 
         typer.echo(write_export(run_dir, to, merged))
+
+
+@app.command()
+def server(
+    arguments: ConfigAndOverrides = None,
+    insecure: Annotated[bool, typer.Option("--insecure", help="Without TLS; only on a loopback address.")] = False,
+    logs: Annotated[str, typer.Option("--logs", metavar="FORM", help="Lines of server.log: json or plain.")] = "json",
+    quiet: Quiet = False,
+) -> None:
+    """Serve a federation: clients on other machines train, this one runs the blocks behind their cuts. Goes on where it stopped."""
+    config = load(*split_arguments(arguments))
+    threads = console.prepare_process(config.engine.threads)
+    if not quiet:
+        console.error_console().print(threads.describe(), style="dim")
+    with console.starting():
+        from splitft.apps.server_command import serve
+    serve(config, insecure, quiet, logs)
+
+
+@app.command()
+def client(
+    data: Annotated[
+        Path, typer.Option("--data", metavar="FILE", help="Your text: .txt, .jsonl or a folder; it stays here.", show_default=False)
+    ],
+    identity: Annotated[
+        Path, typer.Option("--identity", metavar="DIR", help="Key, certificate and memory of this client.", show_default=False)
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[data.FIELD=VALUE]...", help="How the data is read, such as data.text=note.", show_default=False),
+    ] = None,
+    address: Annotated[str, typer.Option("--server", metavar="HOST:PORT", help="The server, if the identity does not know it.")] = "",
+    policy: Annotated[Path | None, typer.Option("--policy", metavar="FILE", help="What this client allows.", show_default=False)] = None,
+    model: Annotated[
+        Path | None, typer.Option("--model", metavar="DIR", help="The base model's checkpoint, if it is here.", show_default=False)
+    ] = None,
+    cache: Annotated[Path | None, typer.Option("--cache", metavar="DIR", help="Where fetched models are kept.", show_default=False)] = None,
+    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or mps.")] = "auto",
+    memory_mb: Annotated[int, typer.Option("--memory-mb", help="Memory offered to the server; 0: half of what is free.")] = 0,
+    threads: Annotated[int, typer.Option("--threads", help="Threads to compute with; 0: all cores.")] = 0,
+    window: Annotated[int, typer.Option("--window", help="Micro-batches of a step on their way at a time.")] = 2,
+    name: Annotated[str, typer.Option("--name", help="Name, without TLS.")] = "",
+    insecure: Annotated[bool, typer.Option("--insecure", help="Without TLS; only to a loopback address.")] = False,
+    takeover: Annotated[bool, typer.Option("--takeover", help="Take the place of another process of this identity.")] = False,
+    wait_s: Annotated[float, typer.Option("--wait", metavar="SECONDS", help="How long to try an unreachable server; 0: for ever.")] = 0.0,
+    quiet: Quiet = False,
+) -> None:
+    """Take part in a federation with the text of this machine, which never leaves it."""
+    console.prepare_process(threads)
+    with console.starting():
+        from splitft.apps.client_command import ClientOptions, join
+    join(
+        ClientOptions(
+            data,
+            identity,
+            address,
+            policy,
+            model,
+            cache,
+            device,
+            memory_mb,
+            window,
+            insecure,
+            name,
+            takeover,
+            wait_s,
+            quiet,
+            overrides or (),
+        )
+    )
 
 
 @app.command()

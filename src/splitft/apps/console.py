@@ -75,6 +75,7 @@ def prepare_process(configured_threads: int = 0) -> Threads:
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # what CUDA needs for repeatable matrix products
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "TRANSFORMERS_VERBOSITY": "error",
+        "GRPC_VERBOSITY": "ERROR",  # else it reports every connection that ends
         "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
     }.items():
         os.environ.setdefault(name, value)

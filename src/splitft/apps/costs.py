@@ -85,5 +85,7 @@ def client_costs(
 ) -> tuple[CostModel, ...]:
     """One cost model for each client, by the length of its rows and how often the run goes through them."""
     drawn = config.rounds * config.train.local_steps * config.train.gradient_accumulation * config.train.batch_size
-    lengths = [one.train.lengths for one in clients]
-    return tuple(cost_model(config, shape, server, components, layout, base, math.ceil(rows.mean()), drawn / len(rows)) for rows in lengths)
+    rows = [one.train for one in clients]
+    return tuple(
+        cost_model(config, shape, server, components, layout, base, math.ceil(one.tokens / len(one)), drawn / len(one)) for one in rows
+    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from transformers import PreTrainedModel
@@ -28,10 +28,11 @@ def require_engine(config: RunConfig) -> None:
         require_ray()
 
 
-def in_slots(config: RunConfig, anatomy: Anatomy, model: PreTrainedModel) -> SplitModel:
-    """A model cut and adapted as the configuration says; its tensors may not be there yet (device "meta")."""
+def in_slots(config: RunConfig, anatomy: Anatomy, model: PreTrainedModel, owned: Sequence[int] | None = None) -> SplitModel:
+    """A model cut and adapted as the configuration says; its tensors may not be there yet (device "meta"). `owned`: the blocks it has, if
+    not all."""
     targets = config.lora.targets if isinstance(config.lora.targets, str) else list(config.lora.targets)
-    split = SplitModel(model, anatomy, targets)
+    split = SplitModel(model, anatomy, targets, owned)
     split.set_checkpointing(config.model.gradient_checkpointing)
     if config.engine.compile:
         split.compile_blocks()

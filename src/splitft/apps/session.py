@@ -13,7 +13,7 @@ from typing import IO, TYPE_CHECKING, Any
 import torch
 
 from splitft import __version__
-from splitft.apps.assemble import Assembly, assemble
+from splitft.apps.assemble import Assembly, OnStage, assemble
 from splitft.apps.report_files import write_atomically
 from splitft.apps.signals import asked_to_stop
 from splitft.clock import utc_now
@@ -46,14 +46,20 @@ class FederatedRun:
     committed when it is yielded, and `resume=True` goes on from there.
     """
 
-    def __init__(self, config: RunConfig, resume: Path | None = None, listen: Listener = lambda event, facts: None) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        resume: Path | None = None,
+        listen: Listener = lambda event, facts: None,
+        build: Callable[[RunConfig, OnStage, Path | None], Assembly] = assemble,
+    ) -> None:
         self.listen = listen
         self.folder = resume if resume is not None else Path(config.run.folder) / config.name
         self._claim(resume is None)
         self.config = config
         try:
             torch.set_num_threads(config.engine.threads or torch.get_num_threads())
-            self.assembly = assemble(config, lambda name: listen("stage", {"name": name}), self.folder)
+            self.assembly = build(config, lambda name: listen("stage", {"name": name}), self.folder)
             if config.engine.deterministic and self.assembly.base.device.type == "cuda":
                 torch.use_deterministic_algorithms(True, warn_only=True)
             self._originals = frozen_weights(self.assembly)
@@ -157,6 +163,11 @@ class FederatedRun:
         run.on_step = lambda count: self.listen("step", {"count": count})
         run.on_stage = lambda name: self.listen("stage", {"name": name})
         return run
+
+    @property
+    def engine(self) -> Run:
+        """The federation that is run, for whoever conducts it."""
+        return self._run
 
     @property
     def state(self) -> checkpoint.RunState:

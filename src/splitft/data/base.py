@@ -167,6 +167,21 @@ class TokenRows:
         return TokenRows(self.ids[positions], self.trained[positions], offsets)
 
 
+class DistantRows(TokenRows):
+    """Rows that lie with their owner elsewhere: how many there are, of how many tokens together, and nothing of what they say."""
+
+    def __init__(self, rows: int, tokens: int) -> None:
+        super().__init__(np.zeros(0, np.int32), np.zeros(0, np.bool_), np.zeros(1, np.int64))
+        object.__setattr__(self, "_counts", (rows, tokens))
+
+    def __len__(self) -> int:
+        return int(self._counts[0])  # type: ignore[attr-defined]
+
+    @property
+    def tokens(self) -> int:
+        return int(self._counts[1])  # type: ignore[attr-defined]
+
+
 @dataclass(frozen=True, eq=False)
 class ClientData:
     """One client's share. `documents` counts all its documents; no document is in both `train` and `held_out`."""

@@ -81,6 +81,41 @@ def federate(
     return FederatedData(tuple(clients_data), common_rows, manifest, edges, histograms, skew)
 
 
+def own_share(
+    documents: Iterable[Document],
+    tokenizer: PreTrainedTokenizerBase,
+    client: int,
+    name: str,
+    seed: int,
+    packing: Packing = "blocks",
+    block_tokens: int = 128,
+    held_out: float = 0.1,
+    vocabulary: int | None = None,
+) -> tuple[ClientData, str]:
+    """A client's rows from documents that are all its own, and the digest of those; the rows are the ones that `federate` makes of the
+    same documents for client number `client`. Errors as there."""
+    _check_options(packing, held_out, 0.0)
+    listed = list(documents)
+    if not listed:
+        raise DataError("The data source gave no document.", "Check its path and fields.")
+    tokens = tokenise(listed, tokenizer)
+    if vocabulary is not None:
+        _check_vocabulary(listed, tokens, tokenizer, vocabulary)
+    shares, everything = _Shares(listed, tokens, packing, block_tokens, seed), np.arange(len(listed))
+    data, _ = _client(shares, client, name, everything, held_out)
+    return data, shares.digest(everything)
+
+
+def public_rows(
+    documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase, packing: Packing = "blocks", block_tokens: int = 128
+) -> TokenRows:
+    """All of some documents as rows, for measuring. Raises DataError when they make none."""
+    made = (pack if packing == "blocks" else rows)(tokenise(list(documents), tokenizer), block_tokens)
+    if not len(made):
+        raise DataError("The public text makes no row.", "Use more text, or a smaller tokens.block_tokens.")
+    return made
+
+
 class _Shares:
     """The documents, their tokens, and which of them are copies of each other. Indices count documents of the source."""
 

@@ -72,13 +72,16 @@ class Attended:
         return self if self.uploaded is None else replace(self, timing=self.uploaded)
 
 
-def draw_participants(clients: int, rules: Attendance, index: int, devices: Sequence[Device] = ()) -> list[int]:
-    """Who takes part in round `index`, ascending: a share of the clients drawn without replacement from those that can be reached.
+def draw_participants(
+    clients: int, rules: Attendance, index: int, devices: Sequence[Device] = (), here: Sequence[int] | None = None
+) -> list[int]:
+    """Who takes part in round `index`, ascending: a share of the clients drawn without replacement from those that can be reached
+    (`here`, where that is known and not to be drawn).
 
     While fewer than the minimum can be reached the round waits and they are asked again. Raises ResourceError when that does not end.
     """
-    reachable = list(range(clients))
-    if any(device.availability < 1.0 for device in devices):
+    reachable = list(range(clients) if here is None else here)
+    if here is None and any(device.availability < 1.0 for device in devices):
         for attempt in range(ATTEMPTS):
             reachable = [client for client, here in enumerate(available(devices, rules.seed, index, attempt)) if here]
             if len(reachable) >= rules.minimum:

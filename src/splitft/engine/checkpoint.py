@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from splitft.engine import tensor_file
+from splitft.engine.points import Reached, nothing
 from splitft.engine.settings import ClientState
 from splitft.engine.shelf import Shelf
 from splitft.engine.streams import flattened, unflattened
@@ -107,19 +108,26 @@ def facts_of(state: RunState) -> dict[str, Any]:
     }
 
 
-def save(folder: Path, state: RunState, keep: int, shelf: Shelf | None = None) -> Path:
-    """Write the checkpoint of `state`, whose rows lie on the `shelf`, below a run folder and drop all but the newest `keep`."""
+def save(folder: Path, state: RunState, keep: int, shelf: Shelf | None = None, reached: Reached = nothing) -> Path:
+    """Write the checkpoint of `state`, whose rows lie on the `shelf`, below a run folder and drop all but the newest `keep`.
+
+    Raises OSError when the disk refuses; what was there before is whole then, and a later call puts right what is left over.
+    """
     parent = folder / FOLDER
     parent.mkdir(parents=True, exist_ok=True)
     target, temporary = parent / f"round-{state.round:05d}", parent / f".round-{state.round:05d}.part"
     if temporary.exists():
         shutil.rmtree(temporary)
     temporary.mkdir()
+    reached("checkpoint_begun")
     digest = tensor_file.write(temporary / "tensors.safetensors", tensors_of(state), *([] if shelf is None else [shelf.rest]))
+    reached("tensors_written")
     facts = {**facts_of(state), "sha256": digest}
     (temporary / "state.json").write_text(json.dumps(facts) + "\n", encoding="utf-8")
+    reached("state_written")
     for path in (temporary / "tensors.safetensors", temporary / "state.json", temporary):
         _sync(path)
+    reached("checkpoint_synced")
     if target.exists():  # the same round again: the old one steps aside first, so that one of the two is always whole
         aside = parent / f".round-{state.round:05d}.old"
         if aside.exists():
@@ -129,7 +137,9 @@ def save(folder: Path, state: RunState, keep: int, shelf: Shelf | None = None) -
         shutil.rmtree(aside)
     else:
         temporary.rename(target)
+    reached("checkpoint_renamed")
     _sync(parent)
+    reached("checkpoint_committed")
     for old in _numbered(parent)[:-keep]:
         # Out of the numbered names first: a crash while deleting must not leave half a checkpoint that looks whole.
         leaving = old.with_name(f".{old.name}.part")

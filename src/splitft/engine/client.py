@@ -7,12 +7,14 @@ other clients, or over a network alone). The client computes the same whoever is
 from __future__ import annotations
 
 import math
-from collections.abc import Generator
+from collections import deque
+from collections.abc import Callable, Generator
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from splitft.clock import monotonic_s
 from splitft.compress.base import Samples
 from splitft.engine.adapters import AdapterStreams, Facts, facts_of, receive_change, send_change
 from splitft.engine.batches import Batch, gather, require_targets
@@ -37,6 +39,7 @@ from splitft.loss import Targets, training_loss
 from splitft.messages import Frame, RoundAccepted, RoundStart, StepFields, Type, decode, step_frame
 from splitft.optimizer import clip_factor
 from splitft.split import Route
+from splitft.transport.base import NEXT, Posted
 from splitft.types import Plan
 from splitft.wire import Stream
 
@@ -81,6 +84,14 @@ class Client:
         self.loss_sum = 0.0
         self.targets = 0
         self.state = state
+        # Asked from outside while a round goes on: end it after the present step.
+        self.stop_early = False
+        # How many micro-batches of a step may be on their way at a time (1: each waits for its answer).
+        self.window = 1
+        # Look at every gradient [q d] and at the adapters [q] that arrive; they may refuse them.
+        self.inspect_gradient: Callable[[Tensor], None] = lambda tensor: None
+        self.inspect_adapters: Callable[[Tensor], None] = lambda vector: None
+        self.seconds = {"front_forward": 0.0, "exit": 0.0, "front_backward": 0.0}
 
     def round(self, opening: bytes) -> Talk:
         """The whole round; sends STEP_UP (and GRADIENT_UP) per micro-batch, then ROUND_END. Raises ProtocolError on a wrong message."""
@@ -89,12 +100,13 @@ class Client:
         if self.start.client != self.client:
             raise ProtocolError(f"client {self.client} was sent the plan of client {self.start.client}.", "check the server's roster.")
         self._prepare(frame)
-        squared = 0.0
-        for step in range(self.start.local_steps):
+        squared, step = 0.0, 0
+        while step < self.start.local_steps and not (step and self.stop_early):
             squared = yield from self._step(step, squared)
+            step += 1
         settings = self.federation.settings
         end = round_end_frame(self.plan, self.start.round, self.targets, squared, self.loss_sum, self._update(), settings.adapter_uplink)
-        batches = self.start.local_steps * self.start.gradient_accumulation
+        batches = step * self.start.gradient_accumulation
         state = next_state(self.before, batches, settings, self.moments, 0, is_low(self.plan, self.federation.layout))
         streams = states_after(settings, self.plan, (self.uplink, self.downlink, self.exit_down, self.exit_up))
         self.state = replace(state, streams=self.adapters.remembered(settings, with_labels(streams, self.labels)))
@@ -130,6 +142,7 @@ class Client:
         if start.download:
             columns = self.ownership.client_columns(federation.layout, federation.trained)
             vector = self._received(frame.packets[0], columns).to(federation.device)
+            self.inspect_adapters(vector)
             with torch.no_grad():
                 put(self.bank.values[0], columns, vector)
         if self.adapters.up is not None:
@@ -188,16 +201,23 @@ class Client:
         normaliser = sum(int(batch.targets[0]) for batch in batches)
         require_targets(torch.tensor([normaliser]), data)
         self.bank.zero_gradients()
-        loss_sum, server_squared = 0.0, 0.0
-        for micro, batch in enumerate(batches):
-            fields = StepFields(start.round, self.client, step, micro, normaliser, int(batch.targets[0]), squared_before)
-            if self.plan.is_whole(federation.split.blocks):
-                result = self._alone(fields, batch)
-            else:
-                result = yield from (self._exit_here(fields, batch) if start.exit_on_client else self._exit_there(fields, batch))
-            loss_sum += result.loss_sum
-            server_squared = result.squared_norm
-            self.tokens += batch.tokens[0]
+        steps = [
+            StepFields(start.round, self.client, step, micro, normaliser, int(batch.targets[0]), squared_before)
+            for micro, batch in enumerate(batches)
+        ]
+        if self.window > 1 and len(steps) > 1 and not start.exit_on_client and not self.plan.is_whole(federation.split.blocks):
+            results = yield from self._overlapped(steps, batches)
+        else:
+            results = []
+            for fields, batch in zip(steps, batches, strict=True):
+                if self.plan.is_whole(federation.split.blocks):
+                    results.append(self._alone(fields, batch))
+                else:
+                    results.append(
+                        (yield from (self._exit_here(fields, batch) if start.exit_on_client else self._exit_there(fields, batch)))
+                    )
+        loss_sum, server_squared = sum(one.loss_sum for one in results), results[-1].squared_norm
+        self.tokens += sum(batch.tokens[0] for batch in batches)
         self.targets += normaliser
         own = self.bank.squared_norms()
         if start.clip_norm > 0:
@@ -220,25 +240,61 @@ class Client:
         loss.backward()  # type: ignore[no-untyped-call]
         return fields.with_result(float(sums.sum()), 0.0)
 
+    def _overlapped(self, steps: list[StepFields], batches: list[Batch]) -> Generator[bytes, bytes, list[StepFields]]:
+        """The micro-batches of a step with up to `window` of them on their way: the same numbers, since no weight changes within a step."""
+        sent: deque[tuple[Tensor, Tensor | None, Samples | None]] = deque()
+        results: list[StepFields] = []
+        for fields, batch in zip(steps, batches, strict=True):
+            if len(sent) == self.window:
+                results.append(self._finish_there((yield NEXT), *sent.popleft()))
+            message, hidden, valid, samples = self._begin_there(fields, batch)
+            yield Posted(message)
+            sent.append((hidden, valid, samples))
+        while sent:
+            results.append(self._finish_there((yield NEXT), *sent.popleft()))
+        return results
+
     def _exit_there(self, fields: StepFields, batch: Batch) -> Generator[bytes, bytes, StepFields]:
         """Labels travel; the server computes the loss."""
+        message, hidden, valid, samples = self._begin_there(fields, batch)
+        return self._finish_there((yield message), hidden, valid, samples)
+
+    def _begin_there(self, fields: StepFields, batch: Batch) -> tuple[bytes, Tensor, Tensor | None, Samples | None]:
+        """The message of a batch, and what its answer will need."""
+        began_s = monotonic_s()
         hidden = self._front(batch)
         valid = batch.mask.reshape(-1).bool() if batch.mask is not None else None
         samples = self._samples(batch)
         labels = _valid(batch.labels.reshape(-1), valid)
         packet, self.labels = send_labels(labels, self.federation.vocabulary, self.labels, samples)
         packets = self._send(self.uplink, hidden, valid, samples), packet_bytes(packet)
-        reply = expect((yield step_frame(Type.STEP_UP, fields, _named(batch, samples), packets).encode()), Type.STEP_DOWN)
-        hidden.backward(self._receive(self.downlink, reply, hidden, valid, samples))  # type: ignore[no-untyped-call]
+        message = step_frame(Type.STEP_UP, fields, _named(batch, samples), packets).encode()
+        self._spend("front_forward", began_s)
+        return message, hidden, valid, samples
+
+    def _finish_there(self, data: bytes, hidden: Tensor, valid: Tensor | None, samples: Samples | None) -> StepFields:
+        """The backward of a batch whose gradient has come."""
+        began_s = monotonic_s()
+        reply = expect(data, Type.STEP_DOWN)
+        gradient = self._receive(self.downlink, reply, hidden, valid, samples)
+        self.inspect_gradient(gradient)
+        hidden.backward(gradient)  # type: ignore[no-untyped-call]
+        self._spend("front_backward", began_s)
         return reply.step()
+
+    def _spend(self, kind: str, began_s: float) -> None:
+        self.seconds[kind] += monotonic_s() - began_s
 
     def _exit_here(self, fields: StepFields, batch: Batch) -> Generator[bytes, bytes, StepFields]:
         """Labels stay; the server sends its last hidden state and is sent the gradient of the loss with respect to it."""
+        began_s = monotonic_s()
         hidden = self._front(batch)
         valid = batch.mask.reshape(-1).bool() if batch.mask is not None else None
         samples = self._samples(batch)
         frame = step_frame(Type.STEP_UP, fields, _named(batch, samples), (self._send(self.uplink, hidden, valid, samples),))
+        self._spend("front_forward", began_s)
         reply = expect((yield frame.encode()), Type.HIDDEN_DOWN)
+        began_s = monotonic_s()
         state = self._receive(self.exit_down, reply, hidden, valid, samples).requires_grad_(True)
         split = self.federation.split
         route = Route(batch.ids.shape[0], entries={self.ownership.server_end: state}, bank=self.bank)
@@ -248,9 +304,9 @@ class Client:
         loss.backward()  # type: ignore[no-untyped-call]
         assert state.grad is not None
         frame = step_frame(Type.GRADIENT_UP, fields, (), (self._send(self.exit_up, state.grad, valid, samples),))
-        reply = expect((yield frame.encode()), Type.STEP_DOWN)
-        hidden.backward(self._receive(self.downlink, reply, hidden, valid, samples))  # type: ignore[no-untyped-call]
-        return reply.step().with_result(float(sums.sum()), reply.step().squared_norm)
+        self._spend("exit", began_s)
+        result = self._finish_there((yield frame.encode()), hidden, valid, samples)
+        return result.with_result(float(sums.sum()), result.squared_norm)
 
     def _samples(self, batch: Batch) -> Samples | None:
         """Which rows of this client's data a batch is, where a codec remembers by sample."""

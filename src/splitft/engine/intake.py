@@ -32,7 +32,8 @@ class Session:
     """The server's side of one client in one round; `row` is its bank row.
 
     `step` and `micro` name the micro-batch that is due next. `due`: an optimizer step waits for the client's part of the gradient norm.
-    `in_pass`: a U-shaped pass waits for the client's gradient.
+    `in_pass`: a U-shaped pass waits for the client's gradient. `gone`: nothing more is expected of it. `short`: it was asked to end the
+    round early.
     """
 
     ownership: Ownership
@@ -46,6 +47,8 @@ class Session:
     due: bool = False
     in_pass: bool = False
     finished: bool = False
+    gone: bool = False
+    short: bool = False
     squared_norm: float = 0.0
     targets: int = 0
     labels: Known = field(default_factory=dict)
@@ -204,7 +207,8 @@ def round_end(session: Session, frame: Frame, federation: Federation, round_inde
 
 def _check_finished(session: Session, end: RoundEnd) -> None:
     """All steps went through this server, and their targets are the ones reported."""
-    if (session.step, session.micro) != (session.ownership.plan.local_steps, 0) or session.in_pass:
+    whole = session.step == session.ownership.plan.local_steps or (session.short and session.step > 0)
+    if not whole or session.micro or session.in_pass:
         raise ProtocolError(
             f"client {session.client} closed the round with {session.step} of {session.ownership.plan.local_steps} steps done.",
             "finish the steps.",

@@ -55,10 +55,15 @@ class Journal:
         self.bytes = keep_bytes
 
     def append(self, *events: dict[str, Any]) -> None:
-        """Write events and force them to the disk."""
+        """Write events and force them to the disk. Raises OSError when it refuses; then none of them is there."""
         data = "".join(line(event) + "\n" for event in events).encode()
-        with self.path.open("ab") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with self.path.open("ab", buffering=0) as file:
+                written = file.write(data)
+                while written < len(data):
+                    written += file.write(data[written:])
+                os.fsync(file.fileno())
+        except OSError:
+            os.truncate(self.path, self.bytes)
+            raise
         self.bytes += len(data)

@@ -42,10 +42,10 @@ class Prepared:
     clients: dict[int, ClientState]
 
 
-def prepare(run: Run, index: int, busy: frozenset[int] = frozenset()) -> Prepared:
-    """Plan round `index` for everyone who is drawn and not `busy` with an earlier one."""
+def prepare(run: Run, index: int, busy: frozenset[int] = frozenset(), here: Sequence[int] | None = None) -> Prepared:
+    """Plan round `index` for everyone who is drawn (of those who are `here`) and not `busy` with an earlier one."""
     state, rules = run.state, run.rules
-    drawn = draw_participants(len(run.federation.clients), rules.attendance, index, run.devices)
+    drawn = draw_participants(len(run.federation.clients), rules.attendance, index, run.devices, here)
     participants = [client for client in drawn if client not in busy]
     cuts, policy_state = run.policy.plan(index, participants, [Observation(**one) for one in state.observations], state.policy)
     plans, refused, dial = [], {}, dial_of(run)

@@ -29,6 +29,7 @@ from splitft.engine.closing import close_round, restore_weights
 from splitft.engine.evaluate import evaluate, evaluate_own
 from splitft.engine.journal import Journal
 from splitft.engine.planning import Starting, count_moves, prepare
+from splitft.engine.points import Reached, nothing
 from splitft.engine.record import Trained, evaluation_event
 from splitft.engine.settings import ClientState, Federation, OnStep, RoundResult, Starts
 from splitft.ranks.base import RankPolicy
@@ -89,6 +90,12 @@ class Run:
     torn: bool = False
     on_step: OnStep = field(default=lambda count: None)
     on_stage: Callable[[str], None] = field(default=lambda name: None)
+    # Of a federation whose clients are elsewhere: how a round is trained with them, and how their held-out rows are measured.
+    conduct: Callable[[Run, int], Trained] | None = None
+    measure: Callable[[Run, int, Tensor, str], dict[str, Any]] | None = None
+    # The disk has refused a commit: wait for it and return to have it tried again, or raise.
+    on_refused: Callable[[OSError], None] | None = None
+    reached: Reached = nothing
 
 
 @dataclass(frozen=True)
@@ -134,7 +141,8 @@ def first_rounds(run: Run) -> Iterator[RoundRecord]:
 def train_round(run: Run, index: int) -> tuple[Trained, float]:
     """Plan and train; the state stays as it is. Also the wall seconds that took."""
     started_s, run.torn = monotonic_s(), True
-    trained = asynchronous_round(run, index) if run.rules.buffer else synchronous_round(run, index)
+    conduct = run.conduct or (asynchronous_round if run.rules.buffer else synchronous_round)
+    trained = conduct(run, index)
     return trained, monotonic_s() - started_s
 
 
@@ -143,6 +151,7 @@ def finish_round(run: Run, index: int, trained: Trained, training_s: float) -> R
     started_s = monotonic_s()
     run.on_stage("aggregate")
     closed = close_round(run, index, trained)
+    run.reached("aggregated")
     last = index == run.rules.rounds
     scored = score(run, index, closed.evaluated, closed.clients) if last or index % run.rules.evaluate_every == 0 else None
     event, state = closed.recorded(run, index, trained, scored, training_s + monotonic_s() - started_s)
@@ -178,6 +187,8 @@ def score(run: Run, index: int, adapters: Tensor, clients: dict[int, ClientState
     rows with every client's in turn.
     """
     run.on_stage(stage)
+    if run.measure is not None:
+        return run.measure(run, index, adapters, stage)
     federation, rules, common = run.federation, run.rules, run.common_held_out
     own = [clients.get(one.client, ClientState()).adapter for one in federation.clients]
     sets = [client.held_out for client in federation.clients]
@@ -195,6 +206,19 @@ def score(run: Run, index: int, adapters: Tensor, clients: dict[int, ClientState
 
 def commit(run: Run, events: list[dict[str, Any]]) -> None:
     """Make the round permanent: journal first, then the checkpoint that points behind it."""
-    run.journal.append(*events)
+    _insist(run, lambda: run.journal.append(*events))
+    run.reached("journal_written")
     run.state.journal_bytes = run.journal.bytes
-    checkpoint.save(run.folder, run.state, run.rules.keep_checkpoints, run.federation.shelf)
+    _insist(run, lambda: checkpoint.save(run.folder, run.state, run.rules.keep_checkpoints, run.federation.shelf, run.reached))
+
+
+def _insist(run: Run, write: Callable[[], object]) -> None:
+    """Write, again and again if whoever runs the federation would rather wait for the disk than lose a round."""
+    while True:
+        try:
+            write()
+            return
+        except OSError as problem:
+            if run.on_refused is None:
+                raise
+            run.on_refused(problem)

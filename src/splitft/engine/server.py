@@ -6,8 +6,8 @@ cut, so that no block computes rows that have not entered; in deterministic mode
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -20,13 +20,16 @@ from splitft.engine.intake import Arrival, Ending, Returned, Session
 from splitft.engine.labels import known_labels, with_labels
 from splitft.engine.settings import ClientState, Federation, Starts, load_moments
 from splitft.engine.streams import StreamStates, open_step_streams, states_after
-from splitft.errors import ProtocolError
+from splitft.errors import CodecError, ProtocolError
 from splitft.lora import AdapterBank, wide
 from splitft.loss import Targets, training_loss
-from splitft.messages import Frame, RoundAccepted, Type, decode, round_frame, step_frame
+from splitft.messages import Buffer, Frame, RoundAccepted, Type, decode, round_frame, step_frame
 from splitft.optimizer import clip_factor
 from splitft.split import Route
-from splitft.types import IGNORE_LABEL, RoundPlan
+from splitft.types import IGNORE_LABEL, Plan, RoundPlan
+
+# Asked of every update [p], whole, and the adapters it began from, before it is accepted; raises ProtocolError to refuse it.
+Guard = Callable[[int, Tensor, Tensor], None]
 
 
 @dataclass
@@ -37,6 +40,14 @@ class OpenPass:
     leaves: list[Tensor]
     final: Tensor
     gradients: dict[int, Tensor]
+
+
+@dataclass
+class Served:
+    """Answers to the messages of a turn, and what was wrong with those that are refused, by client."""
+
+    replies: list[tuple[int, bytes]] = field(default_factory=list)
+    refused: dict[int, ProtocolError | CodecError] = field(default_factory=dict)
 
 
 class Server:
@@ -50,6 +61,7 @@ class Server:
         starts: Starts,
         states: dict[int, ClientState],
         deterministic: bool,
+        guard: Guard = lambda client, update, start: None,
     ) -> None:
         self.federation = federation
         self.plan = plan
@@ -57,27 +69,53 @@ class Server:
         self.deterministic = deterministic or not federation.split.anatomy.ragged
         settings, count = federation.settings, len(plan.plans)
         self.bank = AdapterBank(federation.layout, count, federation.device, trained=federation.trained)
-        with torch.no_grad():
-            for row, one in enumerate(plan.plans):
-                self.bank.values[row] = starts(one).to(federation.device)
-        before = [states.get(one.client, ClientState()) for one in plan.plans]
-        self.moments = load_moments(before, federation.layout, settings, federation.device, plan.plans)
-        self.sessions = {
-            one.client: Session(
-                Ownership(one, federation.split.blocks),
-                row,
-                *open_step_streams(settings, one, plan.round, state.streams),
-                labels=known_labels(state.streams, receiver=True),
-                adapters=AdapterStreams.open(settings, one, plan.round, state.streams, federation.start),
-            )
-            for row, (one, state) in enumerate(zip(plan.plans, before, strict=True))
-        }
-        self.first_rows = {one.client: starts(one) for one in plan.plans}
+        self.guard = guard
+        self.before = {one.client: states.get(one.client, ClientState()) for one in plan.plans}
+        self.starts = {one.client: starts(one) for one in plan.plans}
+        self.moments = load_moments(list(self.before.values()), federation.layout, settings, federation.device, plan.plans)
+        self.sessions = {one.client: self._begin(row, one) for row, one in enumerate(plan.plans)}
         self.open: list[OpenPass] = []
 
+    def _begin(self, row: int, one: Plan) -> Session:
+        """A session at the beginning of the round, on this row of the bank."""
+        state, federation = self.before[one.client], self.federation
+        with torch.no_grad():
+            self.bank.values[row] = self.starts[one.client].to(federation.device)
+        return Session(
+            Ownership(one, federation.split.blocks),
+            row,
+            *open_step_streams(federation.settings, one, self.plan.round, state.streams),
+            labels=known_labels(state.streams, receiver=True),
+            adapters=AdapterStreams.open(federation.settings, one, self.plan.round, state.streams, federation.start),
+        )
+
+    def reopen(self, client: int, state: ClientState | None = None) -> list[tuple[int, bytes]]:
+        """Take a client back to the beginning of the round, as if it had sent nothing: it was restarted. `state` replaces what it began
+        with. Answers whom it has kept waiting in a pass."""
+        replies = self.abandon(client)
+        row, plan = self.sessions[client].row, self.sessions[client].ownership.plan
+        self.before[client] = self.before[client] if state is None else state
+        fresh = load_moments([self.before[client]], self.federation.layout, self.federation.settings, self.federation.device, [plan])
+        self.moments.first[row], self.moments.second[row] = fresh.first[0], fresh.second[0]
+        self.moments.steps[row] = fresh.steps[0]
+        self.bank.gradients[row].zero_()
+        self.sessions[client] = self._begin(row, plan)
+        return replies
+
+    def abandon(self, client: int) -> list[tuple[int, bytes]]:
+        """Expect nothing more of a client. Others in its open pass no longer wait for it: their answers."""
+        session = self.sessions[client]
+        session.finished = session.gone = True
+        for waiting in [one for one in self.open if any(arrival.session is session for arrival in one.arrivals)]:
+            position = next(k for k, arrival in enumerate(waiting.arrivals) if arrival.session is session)
+            if position not in waiting.gradients:
+                waiting.gradients[position] = torch.zeros_like(torch.split(waiting.final.detach(), _rows(waiting))[position])
+                return self._complete(waiting).replies
+        return []
+
     def opening(self, client: int) -> Frame:
-        """The message that opens the round for a client; to be asked for once."""
-        session, row, federation = self.sessions[client], self.first_rows.pop(client), self.federation
+        """The message that opens the round for a client; to be asked for once each time its session begins."""
+        session, row, federation = self.sessions[client], self.starts[client], self.federation
         plan, adapters = session.ownership.plan, session.adapters
         columns = session.ownership.client_columns(federation.layout, federation.trained)
         data: Tensor | bytes = take(row, columns)
@@ -108,37 +146,58 @@ class Server:
         session = self.sessions[client]
         return facts_of((session.uplink, session.downlink, session.exit_down, session.exit_up), session.adapters)
 
-    def handle(self, messages: Sequence[tuple[int, bytes]]) -> list[tuple[int, bytes]]:
+    def handle(self, messages: Sequence[tuple[int, Buffer]]) -> list[tuple[int, bytes]]:
         """Answer the (client, message) pairs that are waiting, in client order.
 
         Raises ProtocolError or CodecError naming the client of the first bad message; then none of the messages has been applied.
         """
-        frames = sorted(((client, decode(data)) for client, data in messages), key=lambda pair: pair[0])
-        if len({client for client, _ in frames}) < len(frames):
-            raise ProtocolError(f"a client sent two messages at once: {[client for client, _ in frames]}.", intake.IN_ORDER)
-        arrivals, returned, endings = self._check(frames)
-        replies: list[tuple[int, bytes]] = []
-        for group in self._groups(arrivals):
-            replies += self._forward(group)
-        for one in returned:
-            replies += self._gradient(one)
-        replies += [self._finish(ending) for ending in endings]
-        return sorted(replies, key=lambda pair: pair[0])
+        checked = _Turn()
+        for client, data in _one_each(messages):
+            self._check(client, data, checked)
+        served = self._apply(checked)
+        for problem in served.refused.values():
+            raise problem
+        return served.replies
 
-    def _check(self, frames: list[tuple[int, Frame]]) -> tuple[list[Arrival], list[Returned], list[Ending]]:
-        """Every message checked and decoded; nothing changes yet."""
-        arrivals, returned, endings = [], [], []
-        for client, frame in frames:
-            session = self._session(client)
-            if frame.kind == Type.STEP_UP:
-                arrivals.append(intake.step_up(session, frame, self.federation, self.plan.round))
-            elif frame.kind == Type.GRADIENT_UP:
-                returned.append(intake.gradient_up(session, frame, self._arrival_of(session), self.plan.round))
-            elif frame.kind == Type.ROUND_END:
-                endings.append(intake.round_end(session, frame, self.federation, self.plan.round))
-            else:
-                raise ProtocolError(f"client {client} sent {frame.kind.name}, which only a server sends.", "check the client's version.")
-        return arrivals, returned, endings
+    def serve(self, messages: Sequence[tuple[int, Buffer]]) -> Served:
+        """As `handle`, but a bad message is its sender's affair: it is refused, the others are answered. Whoever was refused is to be
+        abandoned or taken back to the beginning of the round."""
+        checked, refused = _Turn(), {}
+        for client, data in _one_each(messages):
+            try:
+                self._check(client, data, checked)
+            except (ProtocolError, CodecError) as problem:
+                refused[client] = problem
+        served = self._apply(checked)
+        served.refused.update(refused)
+        return served
+
+    def _check(self, client: int, data: Buffer, turn: _Turn) -> None:
+        """A message checked and decoded; nothing changes yet."""
+        frame, session = decode(data), self._session(client)
+        if frame.kind == Type.STEP_UP:
+            turn.arrivals.append(intake.step_up(session, frame, self.federation, self.plan.round))
+        elif frame.kind == Type.GRADIENT_UP:
+            turn.returned.append(intake.gradient_up(session, frame, self._arrival_of(session), self.plan.round))
+        elif frame.kind == Type.ROUND_END:
+            turn.endings.append(intake.round_end(session, frame, self.federation, self.plan.round))
+        else:
+            raise ProtocolError(f"client {client} sent {frame.kind.name}, which only a server sends.", "check the client's version.")
+
+    def _apply(self, turn: _Turn) -> Served:
+        """Do what the checked messages of a turn ask for."""
+        served = Served()
+        for group in self._groups(turn.arrivals):
+            served = _both(served, self._forward(group))
+        for one in turn.returned:
+            served = _both(served, self._gradient(one))
+        for ending in turn.endings:
+            try:
+                served.replies.append(self._finish(ending))
+            except ProtocolError as problem:
+                served.refused[ending.session.client] = problem
+        served.replies.sort(key=lambda pair: pair[0])
+        return served
 
     def _session(self, client: int) -> Session:
         session = self.sessions.get(client)
@@ -171,7 +230,7 @@ class Server:
             groups.setdefault((plan.exit_on_client, plan.tail_blocks), []).append(arrival)
         return [sorted(group, key=lambda one: (one.session.ownership.plan.cut, one.session.client)) for group in groups.values()]
 
-    def _forward(self, group: list[Arrival]) -> list[tuple[int, bytes]]:
+    def _forward(self, group: list[Arrival]) -> Served:
         """One ragged pass. With the exit here also its backward; else it stays open until the clients' gradients are in."""
         for arrival in group:
             self._take(arrival)
@@ -199,15 +258,19 @@ class Server:
         loss.backward()  # type: ignore[no-untyped-call]
         return self._answer(group, leaves, sums.cpu().reshape(-1, sequences).sum(1))
 
-    def _send_hidden(self, group: list[Arrival], final: Tensor) -> list[tuple[int, bytes]]:
-        replies = []
+    def _send_hidden(self, group: list[Arrival], final: Tensor) -> Served:
+        served = Served()
         for arrival, part in zip(group, torch.split(final.detach(), [arrival.lengths.shape[0] for arrival in group]), strict=True):
             session = arrival.session
-            packet = session.exit_down.send(_tokens(part, arrival), arrival.samples)
-            replies.append((session.client, step_frame(Type.HIDDEN_DOWN, arrival.fields, (), (packet_bytes(packet),)).encode()))
-        return replies
+            try:
+                packet = session.exit_down.send(_tokens(part, arrival), arrival.samples)
+            except CodecError as problem:
+                served.refused[session.client] = _named(session, problem)
+                continue
+            served.replies.append((session.client, step_frame(Type.HIDDEN_DOWN, arrival.fields, (), (packet_bytes(packet),)).encode()))
+        return served
 
-    def _gradient(self, returned: Returned) -> list[tuple[int, bytes]]:
+    def _gradient(self, returned: Returned) -> Served:
         """A U-shaped client's gradient; when the last of its pass is in, the backward runs and all are answered."""
         session = returned.session
         session.exit_up.receiver = returned.receiver
@@ -215,27 +278,37 @@ class Server:
         waiting = next(one for one in self.open if any(arrival.session is session for arrival in one.arrivals))
         position = next(k for k, arrival in enumerate(waiting.arrivals) if arrival.session is session)
         waiting.gradients[position] = _widen(returned.gradient, waiting.final.shape[1])
+        return self._complete(waiting)
+
+    def _complete(self, waiting: OpenPass) -> Served:
+        """The backward of a U-shaped pass, if all its gradients are in."""
         if len(waiting.gradients) < len(waiting.arrivals):
-            return []
+            return Served()
         self.open.remove(waiting)
         gradient = torch.cat([waiting.gradients[k] for k in range(len(waiting.arrivals))])
         waiting.final.backward(gradient)  # type: ignore[no-untyped-call]
         return self._answer(waiting.arrivals, waiting.leaves, torch.zeros(len(waiting.arrivals)))
 
-    def _answer(self, group: list[Arrival], leaves: list[Tensor], sums: Tensor) -> list[tuple[int, bytes]]:
+    def _answer(self, group: list[Arrival], leaves: list[Tensor], sums: Tensor) -> Served:
         """STEP_DOWN for everyone in the pass, with the squared norm of the gradients the server holds for it so far."""
-        replies = []
+        served = Served()
         for arrival, leaf, loss_sum in zip(group, leaves, sums.tolist(), strict=True):
             session = arrival.session
+            if session.gone:
+                continue
             assert leaf.grad is not None
-            packet = session.downlink.send(_tokens(leaf.grad, arrival), arrival.samples)
+            try:
+                packet = session.downlink.send(_tokens(leaf.grad, arrival), arrival.samples)
+            except CodecError as problem:
+                served.refused[session.client] = _named(session, problem)
+                continue
             columns = session.ownership.server_columns(self.federation.layout)
             session.squared_norm = float(self.bank.gradients[session.row, columns].square().sum(dtype=wide(self.bank.gradients.device)))
             session.due = True
             session.advance(self.federation.settings.gradient_accumulation)
             fields = arrival.fields.with_result(loss_sum, session.squared_norm)
-            replies.append((session.client, step_frame(Type.STEP_DOWN, fields, (), (packet_bytes(packet),)).encode()))
-        return replies
+            served.replies.append((session.client, step_frame(Type.STEP_DOWN, fields, (), (packet_bytes(packet),)).encode()))
+        return served
 
     def _close_step(self, session: Session, client_squared: float) -> None:
         """The optimizer step that waited for the client's part of the gradient norm."""
@@ -268,9 +341,40 @@ class Server:
                 missing = session.adapters.missing.to(self.federation.device)
                 put(self.bank.values[session.row], own, take(self.bank.values[session.row], own) + missing)
         session.targets = ending.targets
+        self.guard(session.client, self.bank.values[session.row].detach(), self.starts[session.client])
         session.finished = True
         accepted = RoundAccepted(round=self.plan.round, client=session.client)
         return session.client, round_frame(Type.ROUND_ACCEPTED, accepted).encode()
+
+
+@dataclass
+class _Turn:
+    """The checked messages of a turn, by what they ask for."""
+
+    arrivals: list[Arrival] = field(default_factory=list)
+    returned: list[Returned] = field(default_factory=list)
+    endings: list[Ending] = field(default_factory=list)
+
+
+def _one_each(messages: Sequence[tuple[int, Buffer]]) -> list[tuple[int, Buffer]]:
+    """The messages in client order. Raises ProtocolError for a client that sent two at once."""
+    if len({client for client, _ in messages}) < len(messages):
+        raise ProtocolError(f"a client sent two messages at once: {sorted(client for client, _ in messages)}.", intake.IN_ORDER)
+    return sorted(messages, key=lambda pair: pair[0])
+
+
+def _both(one: Served, other: Served) -> Served:
+    return Served(one.replies + other.replies, one.refused | other.refused)
+
+
+def _rows(waiting: OpenPass) -> list[int]:
+    """Rows of each arrival in a pass."""
+    return [arrival.lengths.shape[0] for arrival in waiting.arrivals]
+
+
+def _named(session: Session, problem: CodecError) -> CodecError:
+    """What went wrong with a tensor for a client, said with its number: its own numbers made it so."""
+    return CodecError(f"client {session.client}: {problem.message}", problem.remedy)
 
 
 def _tokens(tensor: Tensor, arrival: Arrival) -> Tensor:

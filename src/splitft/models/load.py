@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +24,8 @@ from splitft.models.anatomy import block_count, find_blocks, find_head, without_
 from splitft.models.attention import build_with
 
 EMBEDDED = "embedded"
+# transformers builds models with switches of the whole process: one at a time, whatever thread asks.
+BUILDING = threading.RLock()
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 
 
@@ -127,7 +130,7 @@ def load_model(
         options["device_map"] = device_map
     where = resolve(path)
     try:
-        with quiet_transformers():
+        with BUILDING, quiet_transformers():
             model = build_with(lambda name: chosen.from_pretrained(where, attn_implementation=name, **options), attention)
     except Exception as problem:
         raise ModelError(f"model.path: cannot load {path!r}: {_first_line(problem)}", _REMEDY) from problem

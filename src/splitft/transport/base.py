@@ -1,6 +1,7 @@
 """The seam of transports: move whole messages between clients and a handler. A transport knows bytes, not training.
 
-A client's round is a generator that yields the messages to send and is sent the replies; the handler answers what is waiting.
+A client's round is a generator that yields the messages to send and is sent the replies; the handler answers what is waiting. A client
+that overlaps its messages yields them as `Posted`, which is answered with nothing at once, and yields `NEXT` for each reply, in order.
 """
 
 from __future__ import annotations
@@ -11,6 +12,16 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from splitft.types import Direction
 
 Talk = Generator[bytes, bytes, None]
+NOTHING = b""
+
+
+class Posted(bytes):
+    """A message whose reply is asked for later, by yielding `NEXT`."""
+
+
+NEXT = Posted()
+
+
 Handler = Callable[[Sequence[tuple[int, bytes]]], list[tuple[int, bytes]]]
 Observe = Callable[[int, Direction, bytes], None]
 

@@ -1,0 +1,234 @@
+"""What a client makes of the server's welcome: policy first, then the tokenizer, its own rows, and its part of the model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from splitft.apps.assemble import build_components, choose_device, start_adapter, train_settings
+from splitft.apps.capacity import SHARE, available_bytes
+from splitft.apps.executors import in_slots
+from splitft.apps.server_setup import SHARED_SECTIONS
+from splitft.config import RunConfig, parse_config
+from splitft.data.base import ClientData, Source
+from splitft.data.federate import own_share
+from splitft.data.order import BatchOrder
+from splitft.deploy.cache import ModelCache
+from splitft.deploy.disk import write_atomically
+from splitft.deploy.letters import Finished, PartInfo, Ready, Welcome
+from splitft.deploy.parts import check_table, verify_local, wanted_parts
+from splitft.deploy.policy import ClientPolicy, check_adapters, check_gradient, check_round, check_welcome
+from splitft.engine.settings import Federation
+from splitft.errors import ConfigError, ProtocolError
+from splitft.lora import Layout
+from splitft.messages import RoundStart
+from splitft.models.anatomy import block_count
+from splitft.models.attention import NAME, build_with, register, suited
+from splitft.models.load import BUILDING, causal_class, load_model, load_model_config, load_tokenizer
+from splitft.selfcheck import inspect_family
+from splitft.split import SplitModel
+
+FetchBytes = Callable[[str, int], bytes]
+Say = Callable[[str, dict[str, Any]], None]
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+ADAPTER_LIMIT_BYTES = 4 << 30
+MB = 1_000_000
+
+
+@dataclass
+class ClientWorkshop:
+    """Follows a server's configuration within the client's policy. `local` is a checkpoint of its own, verified by digest; `memory_mb` 0:
+    half of what is free."""
+
+    source: Callable[[], Source]
+    policy: ClientPolicy
+    cache: ModelCache
+    device_name: str = "auto"
+    local: Path | None = None
+    memory_mb: int = 0
+    name: str = "client"
+    adapter_folder: Path = Path("adapter")
+    say: Say = lambda event, facts: None
+    settled: Welcome | None = None
+    _split: SplitModel | None = None
+    _held: tuple[frozenset[int], bool] = (frozenset(), False)
+    _ready: Ready | None = None
+    _known: dict[str, Any] = field(default_factory=dict)
+
+    def settle(self, welcome: Welcome, fetch: FetchBytes) -> Ready:
+        """Everything that can be done before the first round. Raises PolicyError, ConfigError, DataError, ModelError, ResourceError."""
+        with BUILDING:
+            return self._settle(welcome, fetch)
+
+    def _settle(self, welcome: Welcome, fetch: FetchBytes) -> Ready:
+        if self._ready is not None and self.settled is not None and _same(self.settled, welcome):
+            self.settled = welcome
+            return self._ready
+        config = read_config(welcome.config)
+        check_table(welcome.parts, welcome.model)
+        check_welcome(self.policy, config, welcome.model)
+        self.settled, self._split, self._held = welcome, None, (frozenset(), False)
+        self.device = choose_device(self.device_name)
+        self.config = config
+        self.folder = self._provide([part.name for part in welcome.parts if part.name.startswith("file:")], fetch)
+        self.base = load_model_config(str(self.folder))
+        blocks = block_count(self.base)
+        if config.split.minimum_cut > blocks or not 0 <= welcome.seat < 1_000_000:
+            raise ProtocolError(f"seat {welcome.seat} of a model with {blocks} blocks.", "talk to the server's operator.")
+        self.attention = suited(causal_class(self.base), self.base) if self._on_cpu_sdpa() else str(config.model.attention)
+        self.anatomy = inspect_family(self.base, str(self.folder), self.attention, config.model.self_check)
+        self.components = build_components(config)
+        self.settings = train_settings(config, self.components)
+        self.vocabulary = int(self.base.get_text_config().vocab_size)
+        tokenizer = load_tokenizer(str(self.folder))
+        self.say("reading", {})
+        tokens = config.tokens
+        self.data, digest = own_share(
+            self.source().documents(),
+            tokenizer,
+            welcome.seat,
+            self.name,
+            config.seed,
+            tokens.packing,
+            tokens.block_tokens,
+            tokens.held_out,
+            self.vocabulary,
+        )
+        skeleton = self._skeleton()
+        self.layout, self.start = start_adapter(config, skeleton)
+        self.trained = self.components.aggregator.trained(self.layout)
+        self._ready = Ready(
+            rows=len(self.data.train),
+            tokens=self.data.train.tokens,
+            documents=self.data.documents,
+            held_out_rows=len(self.data.held_out),
+            data=digest,
+            memory_bytes=self._memory_bytes(),
+            device=self.device.type,
+        )
+        return self._ready
+
+    def _on_cpu_sdpa(self) -> bool:
+        return self.device.type == "cpu" and self.config.model.attention == "sdpa"
+
+    def _memory_bytes(self) -> int:
+        if self.memory_mb or self.policy.maximum_memory_mb:
+            return min(one for one in (self.memory_mb, self.policy.maximum_memory_mb) if one) * MB
+        if self.device.type == "cuda":
+            return int(torch.cuda.mem_get_info(self.device)[0])
+        return int(SHARE * available_bytes())
+
+    def _provide(self, wanted: Sequence[str], fetch: FetchBytes) -> Path:
+        """The folder with these parts of the model, from the client's own checkpoint if it has one, else from cache and server."""
+        assert self.settled is not None
+        table = self.settled.parts
+        if self.local is not None:
+            verify_local(self.local, table, wanted)
+            return self.local
+        return self.cache.provide(
+            table, self.settled.model, wanted, fetch, lambda done, total: self.say("fetching", {"done": done, "total": total})
+        )
+
+    def _skeleton(self) -> SplitModel:
+        """The whole model's structure without tensors: which projections there are, and so the columns of all adapters."""
+        if self.attention == NAME:
+            register()
+        cls: Any = causal_class(self.base)
+        with torch.device("meta"):
+            model = build_with(lambda name: cls._from_config(self.base, attn_implementation=name, dtype=self._dtype()), self.attention)
+        return in_slots(self.config, self.anatomy, model.eval())
+
+    def _dtype(self) -> torch.dtype:
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[self.config.model.dtype]
+
+    def federation(self, seat: int, cut: int, tail_blocks: int, exit_on_client: bool, fetch: FetchBytes) -> Federation:
+        """This client's blocks in slots; what it has already stays, what is missing is fetched."""
+        assert self.settled is not None
+        blocks = block_count(self.base)
+        front, tail = range(cut), range(blocks - tail_blocks, blocks) if exit_on_client else range(0)
+        needed = frozenset([*front, *tail])
+        held, with_exit = self._held
+        if self._split is None or not needed <= held or (exit_on_client and not with_exit):
+            owned, needs_exit = sorted(needed | held), exit_on_client or with_exit
+            folder = self._provide(wanted_parts(self.settled.parts, owned, needs_exit), fetch)
+            self.say("loading", {"blocks": len(owned)})
+            self._split = None  # the old part may go before the new one comes
+            model = load_model(str(folder), self.base, self._dtype(), self.attention, owned, needs_exit)
+            self._split = in_slots(self.config, self.anatomy, model.to(self.device), owned)
+            self._held = (frozenset(owned), needs_exit)
+        return self._federation(self._split, self.layout, seat)
+
+    def _federation(self, split: SplitModel, layout: Layout, seat: int) -> Federation:
+        data = ClientData(seat, self.name, self.data.documents, self.data.train, self.data.held_out)
+        order = BatchOrder(len(data.train), self.settings.batch_size, self.config.seed, seat)
+        # The engine finds a client by its number; the others' places are never looked at here.
+        clients, orders = (data,) * (seat + 1), (order,) * (seat + 1)
+        return Federation(split, layout, clients, orders, self.settings, self.vocabulary, self.device, self.start, self.trained)
+
+    def check_round(self, start: RoundStart) -> None:
+        check_round(self.policy, start)
+
+    def check_gradient(self, gradient: Tensor) -> None:
+        check_gradient(self.policy, gradient)
+
+    def check_adapters(self, vector: Tensor) -> None:
+        check_adapters(self.policy, vector)
+
+    def keep_adapter(self, finished: Finished, fetch: FetchBytes) -> Path | None:
+        """The joined adapter as stock PEFT reads it, in `adapter_folder`."""
+        if not finished.adapter:
+            return None
+        import hashlib
+
+        self.adapter_folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        for part in finished.adapter:
+            name = part.name.removeprefix("adapter:")
+            if name not in ADAPTER_FILES or not 0 < part.size_bytes <= ADAPTER_LIMIT_BYTES:
+                raise ProtocolError(f"the server offers {part.name[:80]!r} of {part.size_bytes} bytes as an adapter.", "do not use it.")
+            data = bytearray()
+            while len(data) < part.size_bytes:
+                piece = fetch(part.sha256, len(data))
+                if not piece or len(data) + len(piece) > part.size_bytes:
+                    raise ProtocolError(f"{part.name} ended after {len(data)} of {part.size_bytes} bytes.", "start the client again.")
+                data += piece
+            if hashlib.sha256(data).hexdigest() != part.sha256:
+                raise ProtocolError(f"{part.name} is not what the server promised.", "start the client again.")
+            write_atomically(self.adapter_folder / name, bytes(data))
+        return self.adapter_folder
+
+
+def read_config(text: str) -> RunConfig:
+    """The server's part of the configuration. Raises ConfigError or ProtocolError for anything it has no business to set."""
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as problem:
+        raise ProtocolError(
+            f"the server's configuration is no JSON: {problem}.", "run the same splitft version on both sides."
+        ) from problem
+    if not isinstance(values, dict) or (unknown := sorted(set(values) - set(SHARED_SECTIONS))):
+        what = unknown[0] if isinstance(values, dict) else "no table"
+        raise ProtocolError(f"the server's configuration sets {what!s:.60}, which is the client's own.", "update splitft on both sides.")
+    model = values.get("model")
+    if not isinstance(model, dict) or model.get("path") != "embedded" or model.get("dtype") not in ("float32", "bfloat16"):
+        raise ProtocolError("the server's configuration names a model by path.", "update splitft on both sides.")
+    if isinstance(values.get("lora"), dict) and values["lora"].get("adapter"):
+        raise ProtocolError("the server's configuration names an adapter by path.", "update splitft on both sides.")
+    try:
+        return parse_config(values)
+    except ConfigError as problem:
+        raise ConfigError("The server's configuration cannot be followed by this version.", problem.remedy, problem.problems) from problem
+
+
+def _same(one: Welcome, other: Welcome) -> bool:
+    """Whether a client that comes back is told what it was told before."""
+    return (one.run, one.seat, one.model, one.config) == (other.run, other.seat, other.model, other.config)
+
+
+def parts_bytes(parts: Sequence[PartInfo]) -> int:
+    return sum(part.size_bytes for part in parts)

@@ -1,0 +1,1 @@
+"""A federation between machines: identities, sessions, rounds over a network, recovery."""

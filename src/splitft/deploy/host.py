@@ -1,0 +1,252 @@
+"""The server's house: the door, the seats, what lies in the letter box. It knows who is there; what they do in a round is conduct.py's.
+
+Everything a client sends ends in one queue that the engine's thread empties; only pieces of the model are handed out beside it, by
+threads of their own, so that a client that arrives never waits for a round and a round never for it.
+"""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+from splitft import __version__
+from splitft.clock import monotonic_s
+from splitft.deploy.letters import (
+    MAX_LETTER_BYTES,
+    PROTOCOL_MAJOR,
+    PROTOCOL_MINOR,
+    Fetch,
+    Hello,
+    Letter,
+    Part,
+    Ready,
+    Refused,
+    Welcome,
+    pack,
+    read,
+)
+from splitft.deploy.metrics import Metrics
+from splitft.deploy.status import ServerStatus
+from splitft.errors import ProtocolError, SplitftError
+from splitft.transport.listener import Listener
+from splitft.transport.session import Arrived, Broken, Closed, Event, Opened, Resumed, Session
+from splitft.transport.values import Admitted, Message, Peer, Refusal
+from splitft.waits import Waits
+
+if TYPE_CHECKING:
+    from splitft.deploy.letters import PartInfo
+
+ROSTER_LOOK_S = 1.0
+FETCHERS = 2
+
+
+class Doorkeeper(Protocol):
+    """Who may come in: by certificate, or by name where there is none (loopback without TLS)."""
+
+    def find(self, peer: Peer, hello: Hello) -> tuple[int, str] | Refusal:
+        """Seat and name, or why not."""
+
+    def listed(self, seat: int) -> bool:
+        """Whether a seat is still on the roster; asked every second."""
+
+
+class Parts(Protocol):
+    """The pieces of the base model."""
+
+    def read(self, sha256: str, offset: int, count: int) -> bytes: ...
+
+
+@dataclass
+class Seat:
+    """One client as the server knows it while it runs."""
+
+    number: int
+    name: str
+    session: Session | None = None
+    ready: Ready | None = None
+    strikes: int = 0
+    excluded: bool = False
+    gone_since_s: float = 0.0
+    # Bytes outside of rounds that the next round's ledger takes over: pieces of the model.
+    fetched_bytes: int = 0
+    fetching: bool = False
+
+    @property
+    def here(self) -> bool:
+        """Whether it can be sent to, now or when its connection is back."""
+        return self.session is not None and self.ready is not None and not self.excluded
+
+
+@dataclass
+class Host:
+    """Seats by number, events in the order they came. `greet` makes the welcome of a seat."""
+
+    doorkeeper: Doorkeeper
+    parts: Parts
+    greet: Callable[[int, str], Welcome]
+    status: ServerStatus
+    metrics: Metrics
+    waits: Waits
+    run: str
+    offers: list[PartInfo] = field(default_factory=list)
+    seats: dict[int, Seat] = field(default_factory=dict)
+    inbox: queue.SimpleQueue[Event] = field(default_factory=queue.SimpleQueue)
+    draining: bool = False
+    listener: Listener | None = None
+    looked_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.pool = ThreadPoolExecutor(FETCHERS, thread_name_prefix="splitft-parts")
+        self.by_key: dict[str, int] = {}
+
+    def admit(self, peer: Peer, greeting: bytes) -> Admitted | Refusal:
+        """What the door says to a client; called in a thread of its own."""
+        try:
+            hello = read(Hello, greeting)
+        except ProtocolError as problem:
+            self.metrics.refused("protocol")
+            return Refusal("protocol", problem.message, problem.remedy)
+        answer = self._examine(peer, hello)
+        if isinstance(answer, Refusal):
+            self.metrics.refused(answer.code)
+            self.status.event("warning", f"a client at {peer.address} was refused: {answer.text}")
+            return answer
+        number, name = answer
+        self.by_key[name] = number
+        return Admitted(name, pack(self.greet(number, name)), MAX_LETTER_BYTES, hello.takeover)
+
+    def _examine(self, peer: Peer, hello: Hello) -> tuple[int, str] | Refusal:
+        if hello.major != PROTOCOL_MAJOR:
+            ours = f"this server {PROTOCOL_MAJOR}.{PROTOCOL_MINOR}"
+            text = f"the client speaks protocol {hello.major}.{hello.minor} (splitft {hello.version}), {ours} (splitft {__version__})."
+            return Refusal("version", text, "install the same splitft release on both sides.")
+        if missing := sorted(set(hello.needs) - set(OFFERED)):
+            return Refusal("version", f"the client needs {', '.join(missing)}, which this server has not.", "update the server.")
+        if self.draining:
+            return Refusal("draining", "the server is shutting down.", "it lets clients in again when it is back.")
+        answer = self.doorkeeper.find(peer, hello)
+        if not isinstance(answer, Refusal) and (seat := self.seats.get(answer[0])) is not None and seat.excluded:
+            return Refusal(
+                "excluded", f"{answer[1]} was excluded after {seat.strikes} refused messages.", "talk to the federation's operator."
+            )
+        return answer
+
+    def deliver(self, event: Event) -> None:
+        """From the loop's thread: pieces of the model are served aside, everything else is queued."""
+        if isinstance(event, Arrived) and event.message.kind == Letter.FETCH:
+            self.pool.submit(self._serve_piece, event.session, event.message)
+            return
+        self.inbox.put(event)
+
+    def _serve_piece(self, session: Session, message: Message) -> None:
+        from splitft.deploy.letters import PART_BYTES
+
+        try:
+            wanted = read(Fetch, message.payload)
+            data = self.parts.read(wanted.sha256, wanted.offset, PART_BYTES)
+            session.send(Letter.PART, pack(Part(wanted.sha256, wanted.offset, data)))
+            if (seat := self.seats.get(self.by_key.get(session.key, -1))) is not None:
+                seat.fetched_bytes += len(data)
+        except SplitftError as problem:
+            self.metrics.refused("part")
+            if session.connected:
+                session.send(Letter.REFUSED, pack(Refused(0, problem.message, problem.remedy)))
+        finally:
+            message.release()
+
+    def take(self, timeout_s: float) -> list[Event]:
+        """The next events: those that wait, or the first that comes within the time. Seats are up to date with them."""
+        found: list[Event] = []
+        try:
+            found.append(self.inbox.get(timeout=timeout_s) if timeout_s > 0 else self.inbox.get_nowait())
+            while True:
+                found.append(self.inbox.get_nowait())
+        except queue.Empty:
+            pass
+        self.metrics.queue(len(found))
+        for event in found:
+            self._note(event)
+        self._look_at_roster()
+        return found
+
+    def _note(self, event: Event) -> None:
+        """What an event says of its seat."""
+        number = self.by_key.get(event.session.key)
+        if number is None:
+            return
+        seat = self.seats.setdefault(number, Seat(number, event.session.key))
+        if isinstance(event, Opened):
+            seat.session, seat.ready = event.session, None
+            self.status.seat(number, state="connecting", name=seat.name)
+            self.status.event("info", "connected", number)
+        elif event.session is not seat.session:
+            return
+        elif isinstance(event, Broken):
+            self.status.seat(number, state="absent")
+            self.status.event("warning", "connection lost, waiting for it to come back", number)
+        elif isinstance(event, Resumed):
+            self.metrics.reconnected()
+            self.status.seat(number, state="ready")
+            self.status.event("info", "connection is back", number)
+        elif isinstance(event, Closed):
+            seat.session, seat.ready, seat.gone_since_s = None, None, monotonic_s()
+            self.status.seat(number, state="excluded" if seat.excluded else "absent")
+            self.status.event("warning", f"gone: {event.text or event.code}", number)
+        elif isinstance(event, Arrived) and event.message.kind == Letter.READY:
+            self._settle(seat, event.message)
+
+    def _settle(self, seat: Seat, message: Message) -> None:
+        """A client says it can take part."""
+        try:
+            ready = read(Ready, message.payload)
+            if not (1 <= ready.rows <= 1 << 31 and ready.rows <= ready.tokens <= 1 << 45 and 0 <= ready.held_out_rows <= 1 << 31):
+                raise ProtocolError(f"{seat.name} says it has {ready.rows} rows of {ready.tokens} tokens.", "check the client's data.")
+            seat.ready = ready
+            self.status.seat(seat.number, state="ready", memory_bytes=ready.memory_bytes)
+            self.status.event("info", f"ready with {ready.rows} rows of training data", seat.number)
+        except ProtocolError as problem:
+            self.strike(seat, 0, problem)
+        finally:
+            message.release()
+
+    def seat_of(self, session: Session) -> Seat | None:
+        """The seat a session belongs to, if it is still that seat's."""
+        seat = self.seats.get(self.by_key.get(session.key, -1))
+        return seat if seat is not None and seat.session is session else None
+
+    def strike(self, seat: Seat, round_index: int, problem: SplitftError, limit: int = 0) -> None:
+        """Tell a client that its message was refused; at the `limit` (0: none) it is excluded."""
+        seat.strikes += 1
+        seat.excluded = seat.excluded or (0 < limit <= seat.strikes)
+        self.metrics.refused(type(problem).__name__)
+        self.status.event("error", f"refused ({seat.strikes}): {problem.message}", seat.number)
+        if seat.session is not None:
+            refused = Refused(round_index, problem.message[:2000], problem.remedy[:2000], seat.strikes, seat.excluded)
+            seat.session.send(Letter.REFUSED, pack(refused))
+            if seat.excluded:
+                self.status.seat(seat.number, state="excluded")
+                seat.session.close("excluded", f"{seat.name} was excluded after {seat.strikes} refused messages.", "talk to the operator.")
+
+    def _look_at_roster(self) -> None:
+        """Close the sessions of clients that were revoked."""
+        if monotonic_s() - self.looked_s < ROSTER_LOOK_S:
+            return
+        self.looked_s = monotonic_s()
+        for seat in self.seats.values():
+            if seat.session is not None and not self.doorkeeper.listed(seat.number):
+                self.status.event("warning", "taken off the roster", seat.number)
+                seat.session.close("roster", f"{seat.name} was taken off the federation's roster.", "talk to the federation's operator.")
+
+    def close(self, grace_s: float) -> None:
+        """Let nobody in any more and hang up."""
+        self.draining = True
+        if self.listener is not None:
+            self.listener.stop(grace_s)
+        self.pool.shutdown(wait=False, cancel_futures=True)
+
+
+# What a client may ask for by name in its HELLO; a server without it refuses at the door.
+OFFERED = ("frames-1", "parts-1", "score-1")

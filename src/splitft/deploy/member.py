@@ -1,0 +1,304 @@
+"""A client of a real federation: comes in, gets ready, trains the rounds it is asked to, and comes back by itself after any break.
+
+The engine's client is the one of the simulation; here its messages travel, its state is put on the disk before its update leaves, and
+what the server asks is held against the client's own policy first.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import msgspec
+from torch import Tensor
+
+from splitft.clock import monotonic_s
+from splitft.deploy.letters import (
+    Committed,
+    Fetch,
+    Finished,
+    Letter,
+    Open,
+    Opened,
+    Part,
+    Ready,
+    Refused,
+    Report,
+    Welcome,
+    pack,
+    read,
+)
+from splitft.deploy.moments import given, moments_packet
+from splitft.deploy.snapshots import Snapshots
+from splitft.engine.client import Client
+from splitft.engine.scoring import measure
+from splitft.engine.settings import ClientState, Federation
+from splitft.errors import CheckpointError, ExcludedError, Interrupted, ProtocolError, SplitftError
+from splitft.messages import RoundStart, ScoreStart, Type, decode
+from splitft.transport.base import NEXT, NOTHING, Posted, Talk
+from splitft.transport.link import Link
+from splitft.transport.values import Message, SessionClosed, SessionLost
+from splitft.transport.values import Refused as TransportRefused
+from splitft.waits import Waits
+
+Listen = Callable[[str, dict[str, Any]], None]
+FetchBytes = Callable[[str, int], bytes]
+LOOK_S = 0.5
+DISK_PAUSE_S = 2.0
+
+
+class Workshop(Protocol):
+    """What the federation's configuration and the client's own data and machine make of a client."""
+
+    def settle(self, welcome: Welcome, fetch: FetchBytes) -> Ready:
+        """Check the welcome against the policy, tokenise the data; raises PolicyError, DataError, ModelError, ResourceError."""
+
+    def federation(self, seat: int, cut: int, tail_blocks: int, exit_on_client: bool, fetch: FetchBytes) -> Federation:
+        """The client's part of the model in slots, its weights fetched if need be."""
+
+    def check_round(self, start: RoundStart) -> None: ...
+
+    def check_gradient(self, gradient: Tensor) -> None: ...
+
+    def check_adapters(self, vector: Tensor) -> None: ...
+
+    def keep_adapter(self, finished: Finished, fetch: FetchBytes) -> Path | None:
+        """Fetch the joined adapter, if the server shares it."""
+
+
+class _Another(Exception):  # noqa: N818 - a turn of events, not a fault
+    """The server has opened another round: the present one is over for this client."""
+
+    def __init__(self, opened: Open) -> None:
+        super().__init__()
+        self.opened = opened
+
+
+class _Dropped(Exception):  # noqa: N818 - as above
+    """The server has refused this client's message: the present round is over for it."""
+
+
+class Member:
+    """Takes part in one federation over `link`. `folder` holds what it remembers; `stop` says whether it was asked to leave; at most
+    `window` micro-batches of a step are on their way at a time."""
+
+    def __init__(
+        self, link: Link, workshop: Workshop, folder: Path, listen: Listen, stop: Callable[[], bool], waits: Waits, window: int = 1
+    ) -> None:
+        self.link, self.workshop, self.folder = link, workshop, folder
+        self.listen, self.stop, self.waits, self.window = listen, stop, waits, window
+        self.stash: deque[Message] = deque()
+        self.seat = -1
+        self.waiting_s = 0.0
+        self.round: int = 0
+
+    def run(self) -> Finished:
+        """Until the run is over. Raises Interrupted when asked to stop, ExcludedError, PolicyError, and what a refused door raises."""
+        while True:
+            try:
+                self._enter(read(Welcome, self.link.open()))
+                return self._serve()
+            except SessionLost:
+                self.stash.clear()
+                self.listen("rejoining", {})
+
+    def _enter(self, welcome: Welcome) -> None:
+        self.seat = welcome.seat
+        self.listen("welcome", {"welcome": welcome})
+        ready = self.workshop.settle(welcome, self.fetch)
+        # A run's name may come back; what belongs together is the run, the seat and the model.
+        named = hashlib.sha256(f"{welcome.run}\0{welcome.seat}\0{welcome.model}".encode()).hexdigest()[:16]
+        self.snapshots = Snapshots(self.folder / named, ready.data)
+        self.link.send(Letter.READY, pack(msgspec.structs.replace(ready, snapshots=self.snapshots.list())))
+        self.listen("ready", {"rounds": welcome.rounds, "round": welcome.round})
+
+    def _serve(self) -> Finished:
+        while True:
+            message = self._next("the next round")
+            if message.kind == Letter.OPEN:
+                self._work(read(Open, message.payload))
+            elif message.kind == Letter.FINISHED:
+                finished = read(Finished, message.payload)
+                if finished.over:
+                    self.listen("finished", {"rounds": finished.rounds, "adapter": self.workshop.keep_adapter(finished, self.fetch)})
+                    return finished
+                self.listen("away", {"text": finished.text})
+            else:
+                self._aside(message)
+
+    def _work(self, opened: Open) -> None:
+        """The round that was opened, and whatever is opened in its midst."""
+        following: Open | None = opened
+        while following is not None:
+            present, following = following, None
+            try:
+                if present.purpose == "evaluate":
+                    self._measure(present)
+                else:
+                    self._train(present)
+            except _Another as other:
+                following = other.opened
+            except _Dropped:
+                self.listen("dropped", {"round": present.round})
+            except (Interrupted, ExcludedError, SessionLost, SessionClosed, TransportRefused):
+                raise
+            except SplitftError as problem:  # the server need not wait for this client
+                self.link.send(Letter.REFUSED, pack(Refused(present.round, problem.message[:2000], problem.remedy[:2000], final=True)))
+                raise
+
+    def _measure(self, opened: Open) -> None:
+        start = decode(opened.frame).read(ScoreStart)
+        federation = self.workshop.federation(self.seat, start.cut, start.tail_blocks, start.exit_on_client, self.fetch)
+        self.round = opened.round
+        self.link.send(Letter.OPENED, pack(Opened(opened.round)))
+        self._drive(measure(federation, self.seat, opened.frame), None)
+        self.listen("measured", {"round": opened.round})
+
+    def _train(self, opened: Open) -> None:
+        start = decode(opened.frame).read(RoundStart)
+        self.workshop.check_round(start)
+        self.round = opened.round
+        self.listen("round", {"round": opened.round, "cut": start.cut, "steps": start.local_steps})
+        federation = self.workshop.federation(self.seat, start.cut, start.tail_blocks, start.exit_on_client, self.fetch)
+        try:
+            state = self._state_for(opened)
+        except CheckpointError as problem:
+            self.listen("warning", {"text": str(problem)})
+            self.link.send(Letter.OPENED, pack(Opened(opened.round, ok=False)))
+            return
+        moments = b""
+        if opened.returns[0] < opened.returns[1] and state.first is not None and state.second is not None:
+            moments = moments_packet(federation.layout, state.first, state.second, opened.returns)
+        if opened.moments and state.first is not None and state.second is not None:
+            state = given(federation.layout, state, opened.moments, opened.gives)
+        client = Client(federation, self.seat, state)
+        client.window = self.window
+        client.inspect_gradient, client.inspect_adapters = self.workshop.check_gradient, self.workshop.check_adapters
+        self.link.send(Letter.OPENED, pack(Opened(opened.round, moments=moments)))
+        self._drive(client.round(opened.frame), client)
+        self.listen("done", {"round": opened.round, "loss": client.step_losses[-1] if client.step_losses else None})
+
+    def _state_for(self, opened: Open) -> ClientState:
+        """What the server says to begin from. Raises CheckpointError when it is not there."""
+        if opened.base is None:
+            return ClientState(batches=opened.batches)
+        state = self.snapshots.load(opened.base)
+        if state.batches != opened.batches:
+            raise CheckpointError(f"the snapshot has {state.batches} batches, the server counts {opened.batches}.", "it begins afresh.")
+        return state
+
+    def _drive(self, talk: Talk, client: Client | None) -> None:
+        """Carry a talk over the link. Before the update leaves, the state behind it is on the disk."""
+        self.waiting_s, reply = 0.0, None
+        while True:
+            try:
+                message = next(talk) if reply is None else talk.send(reply)
+            except StopIteration:
+                return
+            if message is not NEXT:
+                if client is not None and message[4] == Type.ROUND_END:
+                    self._close(client, message)
+                self.link.send(Letter.FRAME, message)
+                if client is not None:
+                    self.listen("sent", {"steps": len(client.step_losses), "loss": client.step_losses[-1] if client.step_losses else None})
+            reply = NOTHING if isinstance(message, Posted) and message is not NEXT else self._reply(client)
+
+    def _close(self, client: Client, end: bytes) -> None:
+        """Before a ROUND_END leaves: snapshot, then the report."""
+        digest = hashlib.sha256(end).hexdigest()
+        state = client.state
+        while True:
+            try:
+                self.snapshots.save(self.round, digest, state)
+                break
+            except OSError as problem:
+                self.listen("warning", {"text": f"the snapshot of round {self.round} cannot be written: {problem}; trying again."})
+                self._pause()
+        seconds = {**client.seconds, "waiting": self.waiting_s}
+        facts = {place: dict(sums) for place, sums in client.facts().items()}
+        self.link.send(Letter.REPORT, pack(Report(self.round, client.step_losses, client.tokens, seconds, facts)))
+
+    def _pause(self) -> None:
+        """Wait for the disk, and hear in the meantime that the server wants something else."""
+        with self.waits.waiting("the disk"):
+            message = self.link.receive(DISK_PAUSE_S)
+        self._look_at_stop()
+        if message is not None:
+            self.stash.append(message)
+
+    def _reply(self, client: Client | None) -> bytes:
+        """The next frame of the server; what else it says meanwhile is followed."""
+        began_s = monotonic_s()
+        while True:
+            message = self._next("the server's answer")
+            if message.kind == Letter.FRAME:
+                self.waiting_s += monotonic_s() - began_s
+                data = bytes(message.payload)
+                message.release()
+                return data
+            if message.kind == Letter.OPEN:
+                raise _Another(read(Open, message.payload))
+            if message.kind == Letter.FINISH and client is not None:
+                client.stop_early = True
+            elif message.kind == Letter.FINISHED:
+                finished = read(Finished, message.payload)
+                self.listen("away", {"text": finished.text})
+                if finished.over:
+                    self.stash.append(message)
+                    raise _Dropped
+            else:
+                self._aside(message)
+
+    def _aside(self, message: Message) -> None:
+        """Letters that may come at any time."""
+        if message.kind == Letter.COMMITTED:
+            committed = read(Committed, message.payload)
+            if committed.counted:
+                self.snapshots.prune(committed.round)
+            self.listen("committed", {"round": committed.round, "counted": committed.counted})
+        elif message.kind == Letter.REFUSED:
+            refused = read(Refused, message.payload)
+            self.listen("refused", {"round": refused.round, "text": refused.text, "remedy": refused.remedy, "strikes": refused.strikes})
+            if refused.final:
+                raise ExcludedError(refused.text, refused.remedy)
+            if refused.round == self.round:
+                raise _Dropped
+        elif message.kind not in (Letter.FRAME, Letter.PART, Letter.FINISH):
+            raise ProtocolError(f"the server sent letter {message.kind}, which only a client sends.", "check the server's version.")
+
+    def _next(self, what: str) -> Message:
+        if self.stash:
+            return self.stash.popleft()
+        return self._receive(what)
+
+    def _receive(self, what: str) -> Message:
+        """The next message, however long it takes: silence is the link's affair. Raises Interrupted when asked to stop."""
+        with self.waits.waiting(what, "server"):
+            while True:
+                message = self.link.receive(LOOK_S)
+                self._look_at_stop()
+                if message is not None:
+                    if message.kind != Letter.FRAME:
+                        message.release()
+                    return message
+
+    def _look_at_stop(self) -> None:
+        if self.stop():
+            raise Interrupted("Stopped; what the server has committed is on this disk.", "start the same command again to go on.")
+
+    def fetch(self, sha256: str, offset: int) -> bytes:
+        """Bytes of a part of the model from the server."""
+        self.link.send(Letter.FETCH, pack(Fetch(sha256, offset)))
+        while True:
+            message = self._receive("a piece of the model")
+            if message.kind == Letter.PART:
+                part = read(Part, message.payload)
+                if (part.sha256, part.offset) == (sha256, offset):
+                    return part.data
+            elif message.kind == Letter.REFUSED:
+                self._aside(message)
+            else:
+                self.stash.append(message)
