@@ -14,6 +14,15 @@ Values: TypeAlias = dict[str, Any]
 EMBEDDED = "embedded"
 # Fields of a component that hold another one.
 INSIDE = ("inner", "rule")
+# Fields that hold a path.
+PATHS = (
+    ("model", "path"),
+    ("lora", "adapter"),
+    ("clients", "profiles_file"),
+    ("data", "path"),
+    ("federation", "identity"),
+    ("federation", "held_out"),
+)
 
 
 def merge_overrides(
@@ -91,7 +100,7 @@ def _set(values: Values, path: tuple[str, ...], value: Any, folder: Path, proble
 
 def resolve_paths(values: Values, folder: Path) -> None:
     """Make the relative paths in `values` absolute, seen from `folder`. In place."""
-    for section, field in (("model", "path"), ("lora", "adapter"), ("clients", "profiles_file"), ("data", "path")):
+    for section, field in PATHS:
         _resolve(values, section, field, folder)
 
 
@@ -100,7 +109,7 @@ def _resolve(values: Values, section: str, field: str, folder: Path) -> None:
     value = table.get(field) if isinstance(table, dict) else None
     if not isinstance(table, dict) or not isinstance(value, str) or not value:
         return
-    if (section, field) not in {("model", "path"), ("lora", "adapter"), ("clients", "profiles_file"), ("data", "path")}:
+    if (section, field) not in PATHS:
         return
     # A model, and the data of the component `hub`, may be a name on the hub: then only what is a path by its looks or by being there.
     may_be_name = section == "model" or (section == "data" and table.get("name") == "hub")

@@ -19,9 +19,10 @@ import torch
 
 from splitft.apps.client_command import ClientOptions, Lines
 from splitft.apps.client_setup import ClientWorkshop
-from splitft.apps.server_command import House, Stopping
+from splitft.apps.server_command import House
 from splitft.apps.server_setup import assemble_server, source_of
 from splitft.apps.session import FederatedRun
+from splitft.apps.stopping import Stopping
 from splitft.config import RunConfig, parse_config
 from splitft.deploy.cache import ModelCache
 from splitft.deploy.host import OFFERED

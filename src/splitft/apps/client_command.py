@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import faulthandler
 import os
-import signal
+import threading
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ from splitft import __version__
 from splitft.apps.client_setup import ClientWorkshop
 from splitft.apps.report_text import clean
 from splitft.apps.server_setup import source_of
-from splitft.apps.signals import asked_to_stop
+from splitft.apps.stopping import Stopping, name_hangs
+from splitft.clock import monotonic_s
 from splitft.config import parse_config
 from splitft.deploy.cache import ModelCache
 from splitft.deploy.host import OFFERED
@@ -33,6 +34,7 @@ from splitft.errors import (
     ExcludedError,
     FederationError,
     IdentityError,
+    Interrupted,
     RosterError,
     UnreachableError,
     VersionError,
@@ -81,9 +83,7 @@ def join(options: ClientOptions) -> Finished:
     """Take part until the run is over. Raises Interrupted when stopped, and the error that names why a client cannot come in."""
     console = Console(stderr=True)
     show = Lines(console, options.quiet)
-    if hasattr(signal, "SIGUSR1"):
-        with suppress(ValueError, OSError, AttributeError, RuntimeError):
-            faulthandler.register(signal.SIGUSR1, all_threads=True)
+    name_hangs()
     fields = _data_fields(options.overrides)
     source_of(options.data, dict(fields))  # a wrong field is said before anything is asked of the server
     policy = load_policy(options.policy)
@@ -93,7 +93,8 @@ def join(options: ClientOptions) -> Finished:
     if not address:
         raise ConfigError("no server is named, and the identity folder knows none.", "give --server HOST:PORT.")
     with ExitStack() as stack:
-        asked = stack.enter_context(asked_to_stop(lambda: show("stopping; once more to stop at once")))
+        stopping = stack.enter_context(Stopping(0.0, show).heard())
+        asked = stopping.asked
         _knock(address, identity, options.wait_s, asked, show)
         options.identity.mkdir(parents=True, exist_ok=True, mode=0o700)
         cache = ModelCache(options.cache or cache_folder(), policy.maximum_model_mb * 1_000_000)
@@ -113,10 +114,13 @@ def join(options: ClientOptions) -> Finished:
         tls = None if identity is None else identity.tls
         link = Link(address, tls, lambda: hello, Limits(), Timing(), show.connection, waits)
         stack.callback(link.close)
-        member = Member(link, workshop, options.identity / "state", show.listen, asked, waits, options.window)
+        knock = partial(_look, address, identity)
+        member = Member(link, workshop, options.identity / "state", show.listen, asked, waits, options.window, knock)
         while True:
             try:
                 return member.run()
+            except Interrupted as stop:
+                raise stopping.as_asked(stop) from stop
             except Refused as refused:
                 if refused.code not in PASSING:
                     raise REFUSALS.get(refused.code, FederationError)(refused.text, refused.remedy) from refused
@@ -124,11 +128,15 @@ def join(options: ClientOptions) -> Finished:
                 _wait(5.0, asked)
 
 
+def _look(address: str, identity: Identity | None) -> None:
+    """Raise what is worth giving up for; a server that does not answer is not."""
+    with suppress(UnreachableError):
+        preflight(address, identity)
+
+
 def _knock(address: str, identity: Identity | None, wait_s: float, asked: Any, show: Lines) -> None:
     """Tell apart why a client cannot come in, before the real connection is made; only a server that does not answer is tried again, for
     `wait_s` (0: for ever)."""
-    from splitft.clock import monotonic_s
-
     began_s, pause_s = monotonic_s(), 1.0
     while True:
         try:
@@ -144,10 +152,6 @@ def _knock(address: str, identity: Identity | None, wait_s: float, asked: Any, s
 
 def _wait(seconds: float, asked: Any) -> None:
     """A pause that ends early when the client is asked to stop."""
-    import threading
-
-    from splitft.errors import Interrupted
-
     pause, waited_s = threading.Event(), 0.0
     while waited_s < seconds:
         if asked():

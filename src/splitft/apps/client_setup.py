@@ -172,7 +172,19 @@ class ClientWorkshop:
         return Federation(split, layout, clients, orders, self.settings, self.vocabulary, self.device, self.start, self.trained)
 
     def check_round(self, start: RoundStart) -> None:
+        """Hold a round's plan against the policy, and against what the server announced. Raises PolicyError or ProtocolError."""
         check_round(self.policy, start)
+        split, train = self.config.split, self.config.train
+        wrong = {
+            "labels": start.exit_on_client != (split.labels == "client"),
+            "tail_blocks": start.tail_blocks != split.tail_blocks,
+            "rank": start.rank > max(entry.rank for entry in self.layout.entries),
+            "clip_norm": start.clip_norm != train.clip_norm,
+            "rates": any(rate > train.learning_rate * (1 + 1e-9) for rate in start.rates),
+            "segments": start.segments != self.components.aggregator.segments,
+        }
+        if named := [name for name, is_wrong in wrong.items() if is_wrong]:
+            raise ProtocolError(f"round {start.round} differs from what the server announced in {', '.join(named)}.", "ask its operator.")
 
     def check_gradient(self, gradient: Tensor) -> None:
         check_gradient(self.policy, gradient)

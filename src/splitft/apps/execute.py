@@ -37,8 +37,8 @@ class Display:
     So the bar's total is an estimate, renewed after every round from the last few.
     """
 
-    def __init__(self, console: Console, rounds: int, quiet: bool) -> None:
-        self.console, self.rounds, self.quiet = console, rounds, quiet
+    def __init__(self, console: Console, rounds: int, quiet: bool, measured: bool = False) -> None:
+        self.console, self.rounds, self.quiet, self.measured = console, rounds, quiet, measured
         self.progress = Progress(
             SpinnerColumn(),
             TextColumn("{task.description}"),
@@ -107,7 +107,8 @@ class Display:
         if record.evaluation is not None:
             parts.append(f"held-out perplexity {record.evaluation['global']['perplexity']:.2f}")
         if record.training is not None:
-            parts.append(f"{record.training['virtual_end_s']:.1f} virtual s, {record.training['wall_s']:.1f} s")
+            virtual = "" if self.measured else f"{record.training['virtual_end_s']:.1f} virtual s, "
+            parts.append(f"{virtual}{record.training['wall_s']:.1f} s")
         else:
             parts.append("(before training)")
         self.progress.console.print("  ".join(parts), highlight=False, soft_wrap=True)

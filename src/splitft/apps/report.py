@@ -135,6 +135,7 @@ def _time_table(record: RunRecord) -> Table:
             table.add_row(words, f"{count}")
     if record.warnings:
         table.add_row("warnings, in the report", f"{len(record.warnings)}", style="yellow")
-    table.add_row("virtual, on the simulated devices", seconds_text(record.virtual_s))
+    measured = record.started.clock == "measured"
+    table.add_row("rounds, by the server's clock" if measured else "virtual, on the simulated devices", seconds_text(record.virtual_s))
     table.add_row("wall, on this machine", seconds_text(record.wall_s))
     return table

@@ -79,7 +79,23 @@ def render_page(record: RunRecord) -> str:
         '<meta name="viewport" content="width=device-width,initial-scale=1"><meta name="color-scheme" content="light dark">'
         f"<title>{title}</title><style>{style_sheet()}</style>"
     )
-    return f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head>\n<body>\n' + "\n".join(body) + "\n</body></html>\n"
+    page = f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head>\n<body>\n' + "\n".join(body) + "\n</body></html>\n"
+    return _by_real_clock(page) if record.started.clock == "measured" else page
+
+
+def _by_real_clock(page: str) -> str:
+    """The page of a real federation: what a simulation takes from its virtual clock was measured there."""
+    for virtual, measured in (
+        ("Virtual time is the clock of the simulated devices.", "Times are those of the server's clock."),
+        ("virtual time and bytes do not depend on the machine, wall time does.", "bytes do not depend on the machines, times do."),
+        ("splitft run config.toml", "splitft server config.toml"),
+        ("simulated devices", "the server's clock"),
+        ("virtual time", "time"),
+        ("Virtual time", "Time"),
+        ("virtual seconds", "seconds"),
+    ):
+        page = page.replace(virtual, measured)
+    return page
 
 
 def _nothing(record: RunRecord) -> str:

@@ -166,6 +166,7 @@ class RunStarted(msgspec.Struct, frozen=True):
     clients: tuple[ClientInfo, ...] = ()
     length_edges: tuple[float, ...] = ()
     skew_index: float | None = None
+    clock: str = "virtual"
     partition: str = ""
     references: tuple[Any, ...] = ()
 
@@ -341,6 +342,8 @@ def _build(path: Path, events: Sequence[tuple[int, dict[str, Any]]]) -> RunRecor
         elif kind == "evaluation":
             scored = _convert(event, Evaluation, path, number)
             evaluations[scored.round] = scored
+        elif kind == "joined" and started is not None:
+            started = _with_client(started, _convert(event, ClientInfo, path, number))
         elif kind == "warning":
             warnings.append(_convert(event, Warned, path, number))
         elif kind == "resumed":
@@ -362,6 +365,19 @@ def _convert(event: dict[str, Any], kind: type[T], path: Path, number: int) -> T
         return msgspec.convert(event, kind)
     except msgspec.ValidationError as error:
         raise _damaged(path, number, str(error)) from error
+
+
+def _with_client(started: RunStarted, joined: ClientInfo) -> RunStarted:
+    """The beginning of a run with what a client of a federation has said of itself since."""
+    clients = tuple(
+        msgspec.structs.replace(
+            one, name=joined.name, documents=joined.documents, train_rows=joined.train_rows, train_tokens=joined.train_tokens
+        )
+        if one.client == joined.client
+        else one
+        for one in started.clients
+    )
+    return msgspec.structs.replace(started, clients=clients)
 
 
 def _up_to(items: dict[int, T], last: int) -> dict[int, T]:

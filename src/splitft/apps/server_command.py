@@ -2,135 +2,48 @@
 
 from __future__ import annotations
 
-import faulthandler
+import json
 import logging
 import os
-import signal
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from contextlib import ExitStack, suppress
 from pathlib import Path
-from types import FrameType
+from typing import Any
 
 from rich.console import Console
 
 from splitft import __version__
 from splitft.apps.console import starting
+from splitft.apps.doors import ByCertificate, ByName
 from splitft.apps.execute import Display, Warnings, show_end
 from splitft.apps.server_setup import ServedParts, assemble_server, checkpoint_folder, costs_for, shared_config
 from splitft.apps.session import FederatedRun
+from splitft.apps.stopping import Stopping, name_hangs
 from splitft.clock import monotonic_s
 from splitft.config import RunConfig
 from splitft.deploy.conduct import Conductor
 from splitft.deploy.enrolment_server import EnrolmentServer
-from splitft.deploy.host import OFFERED, Doorkeeper, Host
+from splitft.deploy.host import OFFERED, Doorkeeper, Host, Seat
 from splitft.deploy.identity import ServerIdentity
-from splitft.deploy.letters import PROTOCOL_MAJOR, PROTOCOL_MINOR, Hello, Welcome
+from splitft.deploy.letters import PROTOCOL_MAJOR, PROTOCOL_MINOR, Welcome
 from splitft.deploy.logs import log, log_to
 from splitft.deploy.metrics import Metrics
-from splitft.deploy.names import check_name
 from splitft.deploy.page import StatusPage
 from splitft.deploy.parts import ModelParts, model_digest
 from splitft.deploy.roster import Roster
-from splitft.deploy.status import ServerStatus
+from splitft.deploy.status import SeatChanges, ServerStatus
 from splitft.engine import checkpoint
 from splitft.engine.points import POINTS
 from splitft.errors import ConfigError, Interrupted, SplitftError
 from splitft.transport.listener import Listener
 from splitft.transport.tls import is_loopback
-from splitft.transport.values import Limits, Peer, Refusal, Timing
+from splitft.transport.values import Limits, Peer, Timing
 from splitft.waits import Waits
 
 LOGGER = logging.getLogger("splitft.server")
 LINGER_S = 20.0
+RENEW_S = 60.0
 FAILPOINT = "SPLITFT_FAILPOINT"
-
-
-@dataclass
-class ByCertificate:
-    """Seats by the federation's roster: the certificate says who a client is, never the message."""
-
-    roster: Roster
-    seats: int
-
-    def find(self, peer: Peer, hello: Hello) -> tuple[int, str] | Refusal:
-        member = self.roster.find(peer.certificate_pem or b"")
-        if isinstance(member, str):
-            return Refusal("roster", member, "ask the federation's operator for an invitation (splitft enroll invite).")
-        if hello.name and hello.name != member.name:
-            return Refusal(
-                "identity", f"the certificate is {member.name}'s, the client calls itself {hello.name!r:.80}.", "use one identity folder."
-            )
-        if member.seat >= self.seats:
-            text = f"{member.name} has seat {member.seat}, this run has {self.seats} (clients.count)."
-            return Refusal("roster", text, "the operator can raise clients.count when a new run begins.")
-        return member.seat, member.name
-
-    def listed(self, seat: int) -> bool:
-        return any(one.seat == seat and not one.revoked and one.fingerprint for one in self.roster.register().clients)
-
-
-@dataclass
-class ByName:
-    """Seats on loopback without TLS, by name: kept in the run folder, so that a name finds its seat again."""
-
-    path: Path
-    seats: int
-    names: list[str] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        if self.path.is_file():
-            self.names = [check_name(one) for one in self.path.read_text(encoding="utf-8").split()]
-
-    def find(self, peer: Peer, hello: Hello) -> tuple[int, str] | Refusal:
-        try:
-            name = check_name(hello.name)
-        except SplitftError as problem:
-            return Refusal("identity", problem.message, problem.remedy)
-        if name not in self.names:
-            if len(self.names) >= self.seats:
-                return Refusal(
-                    "roster", f"all {self.seats} seats (clients.count) are taken.", "use the name of a client that was here before."
-                )
-            self.names.append(name)
-            from splitft.deploy.disk import write_atomically
-
-            write_atomically(self.path, ("\n".join(self.names) + "\n").encode())
-        return self.names.index(name), name
-
-    def listed(self, seat: int) -> bool:
-        return seat < self.seats
-
-
-class Stopping:
-    """Ctrl-C and SIGTERM. The first lets the round under way end within the grace time, the second ends the process at once."""
-
-    def __init__(self, grace_s: float, say: Callable[[str], None]) -> None:
-        self.grace_s, self.say = grace_s, say
-        self.asked_s: float | None = None
-        self.number = 0
-        self.on_ask: Callable[[], None] = lambda: None
-
-    @contextmanager
-    def heard(self) -> Iterator[Stopping]:
-        def ask(number: int, frame: FrameType | None) -> None:
-            if self.asked_s is not None:
-                os._exit(128 + number)  # what is on the disk is whole at any moment
-            self.asked_s, self.number = monotonic_s(), number
-            self.say(f"stopping within {self.grace_s:g} s; once more to stop at once")
-            self.on_ask()
-
-        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield self
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def check(self) -> None:
-        """Raise Interrupted when the grace time is over."""
-        if self.asked_s is not None and monotonic_s() - self.asked_s >= self.grace_s:
-            raise Interrupted("Stopped; everything up to the last finished round is on disk.", "start the same command again to go on.")
 
 
 def serve(config: RunConfig, insecure: bool = False, quiet: bool = False, logs: str = "plain") -> Path:
@@ -138,9 +51,9 @@ def serve(config: RunConfig, insecure: bool = False, quiet: bool = False, logs: 
     config = _for_server(config)
     _refuse_open_door(config, insecure)
     console = Console(stderr=True)
-    display = Display(console, config.rounds, quiet)
+    display = Display(console, config.rounds, quiet, measured=True)
     folder = Path(config.run.folder) / config.name
-    _name_hangs()
+    name_hangs()
     with ExitStack() as stack:
         stopping = stack.enter_context(Stopping(config.federation.grace_s, lambda text: display.warn(text)).heard())
         identity = None if insecure else ServerIdentity.load(Path(config.federation.identity))
@@ -184,15 +97,7 @@ def _conduct(config: RunConfig, run: FederatedRun, house: House, display: Displa
         run.note_interruption()
         conductor.finish(config.rounds, False, "the server stops; it goes on when it is started again")
         log(LOGGER, "stopped", round=run.state.round)
-        if stopping.number == signal.SIGTERM:
-            raise _StoppedInOrder(stop.message, stop.remedy) from stop
-        raise
-
-
-class _StoppedInOrder(Interrupted):
-    """SIGTERM: what a service manager sends; nothing has gone wrong."""
-
-    exit_code = 0
+        raise stopping.as_asked(stop) from stop
 
 
 class House:
@@ -202,7 +107,10 @@ class House:
         self.config, self.run, self.identity = config, run, identity
         section, built = config.federation, run.assembly
         self.waits = Waits()
-        self.status = ServerStatus(config.name, config.rounds, version=__version__, model=config.model.path, waits=self.waits)
+        self.seats: dict[int, Seat] = {}
+        self.status = ServerStatus(
+            config.name, config.rounds, version=__version__, model=config.model.path, waits=self.waits, probe=self.probe
+        )
         self.metrics = Metrics(self.status, __version__, f"{PROTOCOL_MAJOR}.{PROTOCOL_MINOR}")
         model = ModelParts.of(checkpoint_folder(config), built.base.anatomy, run.folder / "parts.json")
         self.parts, self.table = ServedParts(model), list(model.table())
@@ -212,11 +120,13 @@ class House:
             if identity is None
             else ByCertificate(Roster.load(Path(section.identity)), config.clients.count)
         )
-        self.host = Host(door, self.parts, self.greet, self.status, self.metrics, self.waits, config.name)
+        self.host = Host(door, self.parts, self.greet, self.status, self.metrics, self.waits, config.name, seats=self.seats)
+        self.host.each_second = self.renew
         self.conductor = Conductor(self.host, section, stopping.check, costs_for(config, built), config.engine.deterministic)
         self.conductor.plug_into(run.engine)
         run.engine.reached = failpoint()
         stopping.on_ask = self.drain
+        self.renewed_s = monotonic_s()
         self.enrolment: EnrolmentServer | None = None
         self.page: StatusPage | None = None
 
@@ -230,7 +140,7 @@ class House:
         self.host.listener = self.listener
         self.port = self.listener.start()
         if section.status_address != "off":
-            self.page = StatusPage(section.status_address, self.status, self.metrics, tls)
+            self.page = StatusPage(section.status_address, self.status, self.metrics, tls, self.may_look)
             self.page.start()
         host, _, port = section.address.rpartition(":")
         if self.identity is not None and section.enroll_address != "off":
@@ -239,6 +149,8 @@ class House:
                 where, _, number = enroll.rpartition(":")
                 self.enrolment = EnrolmentServer(Path(section.identity), where, int(number), self.port)
                 self.enrolment.start()
+        for event in load_events(self.run.folder / "journal.jsonl"):
+            self.status.round_done(event)
         self.status.begin_phase("running")
         log(LOGGER, "listening", address=section.address, port=self.port, tls=tls is not None)
 
@@ -257,6 +169,32 @@ class House:
             self.table,
             list(OFFERED),
         )
+
+    def probe(self) -> dict[int, SeatChanges]:
+        """What only the transport knows of each seat."""
+        found: dict[int, SeatChanges] = {}
+        for number, seat in list(self.seats.items()):
+            if (session := seat.session) is not None:
+                found[number] = {"silent_s": session.silent_s, "reconnects": session.counts.reconnects}
+        return found
+
+    def may_look(self, certificate: bytes) -> bool:
+        """Whether the holder of a certificate may see the status page: whoever is on the roster."""
+        return not self.host.doorkeeper.still(Peer("", certificate))
+
+    def renew(self) -> None:
+        """Show the server's new certificate when it was renewed; connections that stand are left alone."""
+        if self.identity is None or monotonic_s() - self.renewed_s < RENEW_S:
+            return
+        self.renewed_s = monotonic_s()
+        with suppress(SplitftError):
+            latest = ServerIdentity.load(Path(self.config.federation.identity))
+            if latest.fingerprint != self.identity.fingerprint:
+                self.identity = latest
+                self.listener.renew(latest.tls)
+                if self.page is not None:
+                    self.page.renew(latest.tls)
+                log(LOGGER, "certificate renewed", expires=str(latest.expires))
 
     def offer(self, adapter: Path) -> None:
         """Let clients fetch the joined adapter."""
@@ -302,11 +240,12 @@ def _refuse_open_door(config: RunConfig, insecure: bool) -> None:
         )
 
 
-def _name_hangs() -> None:
-    """SIGUSR1 prints where every thread stands."""
-    if hasattr(signal, "SIGUSR1"):
-        with suppress(ValueError, OSError, AttributeError, RuntimeError):
-            faulthandler.register(signal.SIGUSR1, all_threads=True)
+def load_events(journal: Path) -> Iterator[dict[str, Any]]:
+    """The rounds and evaluations a run has had already, for the curves of a server that was restarted."""
+    with journal.open(encoding="utf-8") as lines:
+        for line in lines:
+            if '"event":"round"' in line or '"event":"evaluation"' in line:
+                yield json.loads(line)
 
 
 def failpoint() -> Callable[[str], None]:

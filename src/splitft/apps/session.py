@@ -269,7 +269,7 @@ def write_run_adapter(folder: Path, built: Assembly, run: Run, originals: Mappin
 
 def started_event(built: Assembly, state: checkpoint.RunState) -> dict[str, Any]:
     """Event `run_started`: what runs, on which data, with whom."""
-    cuts = state.policy.get("cuts", [])
+    cuts, measured = state.policy.get("cuts", []), built.identity.get("engine") == "federation"
     return {
         "event": "run_started",
         "version": __version__,
@@ -303,7 +303,8 @@ def started_event(built: Assembly, state: checkpoint.RunState) -> dict[str, Any]
         ],
         "length_edges": built.data.length_edges,
         "skew_index": built.data.skew_index,
-        "partition": built.config.partition.name,
+        "partition": "clients' own" if measured else built.config.partition.name,
+        "clock": "measured" if measured else "virtual",
         "references": references(built.config),
     }
 

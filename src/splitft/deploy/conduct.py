@@ -131,6 +131,16 @@ class Conductor:
                 rows = DistantRows(ready.rows, ready.tokens)
                 held_out = DistantRows(ready.held_out_rows, ready.held_out_rows)
                 clients[number] = ClientData(number, seat.name, ready.documents, rows, held_out)
+                run.journal.append(
+                    {
+                        "event": "joined",
+                        "client": number,
+                        "name": seat.name,
+                        "documents": ready.documents,
+                        "train_rows": ready.rows,
+                        "train_tokens": ready.tokens,
+                    }
+                )
         run.devices = tuple(devices)
         if changed:
             run.federation = replace(run.federation, clients=tuple(clients))

@@ -50,7 +50,10 @@ class Doorkeeper(Protocol):
         """Seat and name, or why not."""
 
     def listed(self, seat: int) -> bool:
-        """Whether a seat is still on the roster; asked every second."""
+        """Whether somebody has this seat."""
+
+    def still(self, peer: Peer) -> str:
+        """Why a client that is in has to go (revoked, replaced, expired); nothing if it may stay. Asked every second."""
 
 
 class Parts(Protocol):
@@ -97,6 +100,7 @@ class Host:
     draining: bool = False
     listener: Listener | None = None
     looked_s: float = 0.0
+    each_second: Callable[[], None] = lambda: None
 
     def __post_init__(self) -> None:
         self.pool = ThreadPoolExecutor(FETCHERS, thread_name_prefix="splitft-parts")
@@ -231,14 +235,16 @@ class Host:
                 seat.session.close("excluded", f"{seat.name} was excluded after {seat.strikes} refused messages.", "talk to the operator.")
 
     def _look_at_roster(self) -> None:
-        """Close the sessions of clients that were revoked."""
+        """Close the sessions of clients that were revoked, and show a renewed certificate."""
         if monotonic_s() - self.looked_s < ROSTER_LOOK_S:
             return
         self.looked_s = monotonic_s()
+        self.each_second()
         for seat in self.seats.values():
-            if seat.session is not None and not self.doorkeeper.listed(seat.number):
-                self.status.event("warning", "taken off the roster", seat.number)
-                seat.session.close("roster", f"{seat.name} was taken off the federation's roster.", "talk to the federation's operator.")
+            if seat.session is not None and (why := self.doorkeeper.still(seat.session.peer)):
+                self.status.event("warning", f"put out: {why}", seat.number)
+                self.metrics.refused("roster")
+                seat.session.close("roster", why, "talk to the federation's operator.")
 
     def close(self, grace_s: float) -> None:
         """Let nobody in any more and hang up."""

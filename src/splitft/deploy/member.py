@@ -36,7 +36,7 @@ from splitft.deploy.snapshots import Snapshots
 from splitft.engine.client import Client
 from splitft.engine.scoring import measure
 from splitft.engine.settings import ClientState, Federation
-from splitft.errors import CheckpointError, ExcludedError, Interrupted, ProtocolError, SplitftError
+from splitft.errors import CheckpointError, ExcludedError, Interrupted, ProtocolError, SplitftError, UnreachableError
 from splitft.messages import RoundStart, ScoreStart, Type, decode
 from splitft.transport.base import NEXT, NOTHING, Posted, Talk
 from splitft.transport.link import Link
@@ -48,6 +48,8 @@ Listen = Callable[[str, dict[str, Any]], None]
 FetchBytes = Callable[[str, int], bytes]
 LOOK_S = 0.5
 DISK_PAUSE_S = 2.0
+OPEN_S = 5.0
+KNOCK_S = 30.0
 
 
 class Workshop(Protocol):
@@ -83,13 +85,24 @@ class _Dropped(Exception):  # noqa: N818 - as above
 
 class Member:
     """Takes part in one federation over `link`. `folder` holds what it remembers; `stop` says whether it was asked to leave; at most
-    `window` micro-batches of a step are on their way at a time."""
+    `window` micro-batches of a step are on their way at a time. `knock` is called when the server has been out of reach for a while: it
+    raises what is worth giving up for (a certificate refused, say), and returns while it is worth waiting."""
 
     def __init__(
-        self, link: Link, workshop: Workshop, folder: Path, listen: Listen, stop: Callable[[], bool], waits: Waits, window: int = 1
+        self,
+        link: Link,
+        workshop: Workshop,
+        folder: Path,
+        listen: Listen,
+        stop: Callable[[], bool],
+        waits: Waits,
+        window: int = 1,
+        knock: Callable[[], None] = lambda: None,
     ) -> None:
         self.link, self.workshop, self.folder = link, workshop, folder
         self.listen, self.stop, self.waits, self.window = listen, stop, waits, window
+        self.knock = knock
+        self.connected_s = monotonic_s()
         self.stash: deque[Message] = deque()
         self.seat = -1
         self.waiting_s = 0.0
@@ -99,11 +112,20 @@ class Member:
         """Until the run is over. Raises Interrupted when asked to stop, ExcludedError, PolicyError, and what a refused door raises."""
         while True:
             try:
-                self._enter(read(Welcome, self.link.open()))
+                self._enter(read(Welcome, self._open()))
                 return self._serve()
             except SessionLost:
                 self.stash.clear()
                 self.listen("rejoining", {})
+
+    def _open(self) -> bytes:
+        """Come in, however long the server is out of reach."""
+        while True:
+            try:
+                return self.link.open(OPEN_S)
+            except UnreachableError:
+                self._look_at_stop()
+                self.knock()
 
     def _enter(self, welcome: Welcome) -> None:
         self.seat = welcome.seat
@@ -280,10 +302,18 @@ class Member:
             while True:
                 message = self.link.receive(LOOK_S)
                 self._look_at_stop()
+                self._look_at_link()
                 if message is not None:
                     if message.kind != Letter.FRAME:
                         message.release()
                     return message
+
+    def _look_at_link(self) -> None:
+        if self.link.connected:
+            self.connected_s = monotonic_s()
+        elif monotonic_s() - self.connected_s > KNOCK_S:
+            self.connected_s = monotonic_s()
+            self.knock()
 
     def _look_at_stop(self) -> None:
         if self.stop():

@@ -21,10 +21,10 @@ from splitft.engine.planning import Prepared
 from splitft.engine.server import Server
 from splitft.engine.settings import ClientState, RoundResult, Starts
 from splitft.errors import ProtocolError, SplitftError
-from splitft.messages import RoundEnd, Type, decode
+from splitft.messages import PACKET_KINDS, Frame, RoundEnd, Type, decode
 from splitft.transport.session import Arrived, Closed, Event
 from splitft.transport.values import Message
-from splitft.types import Plan, RoundPlan
+from splitft.types import Direction, Plan, RoundPlan
 
 if TYPE_CHECKING:
     from splitft.deploy.conduct import Conductor
@@ -185,7 +185,7 @@ class Round:
                 returns = (part.plan.cut, before.cut)
         opened = Open(self.index, frame.encode(), "train", base, self.states[client].batches, moments, gives, returns)
         part.stage = "opening"
-        self.ledger.add_frame(client, "down", frame)
+        self._count(client, "down", frame)
         if self.conductor.send(client, Letter.OPEN, pack(opened)):
             self.conductor.host.status.seat(
                 client, state="training", cut=part.plan.cut, rank=part.plan.rank, step=0, steps=part.plan.local_steps
@@ -237,7 +237,7 @@ class Round:
             part.waiting.popleft()
             if client in served.refused:
                 continue
-            self.ledger.add_frame(client, "up", decode(data[client]))
+            self._count(client, "up", decode(data[client]))
             self._account(part, arrived_s, started_s, ended_s)
             if data[client][4] == Type.ROUND_END:
                 self.digests[client] = hashlib.sha256(data[client]).hexdigest()
@@ -257,16 +257,26 @@ class Round:
         """Send the server's answers."""
         for client, reply in replies:
             part, frame = self.parts[client], decode(reply)
-            self.ledger.add_frame(client, "down", frame)
+            self._count(client, "down", frame)
             sent = self.conductor.send(client, Letter.FRAME, reply)
             if frame.kind == Type.STEP_DOWN:
                 self._count_step(client, part)
             elif frame.kind == Type.ROUND_ACCEPTED:
                 part.stage, part.finish_s = "ended", self.now_s
-                self.conductor.host.status.seat(client, state="waiting")
+                self.conductor.host.status.seat(client, state="done")
                 self.run.reached("update_taken")
             if not sent and part.stage not in ("ended", "lost"):
                 part.stage, part.gone_s = "absent", self.now_s
+
+    def _count(self, client: int, direction: Direction, frame: Frame) -> None:
+        """Enter a frame where bytes are counted."""
+        self.ledger.add_frame(client, direction, frame)
+        up_bytes, down_bytes = (frame.size_bytes, 0) if direction == "up" else (0, frame.size_bytes)
+        self.conductor.host.status.traffic(client, up_bytes, down_bytes)
+        metrics = self.conductor.host.metrics
+        metrics.traffic(direction, "control", frame.overhead_bytes)
+        for kind, packet in zip(PACKET_KINDS[frame.kind], frame.packets, strict=False):
+            metrics.traffic(direction, kind, len(packet))
 
     def _count_step(self, client: int, part: Part) -> None:
         session, settings = self.server.sessions[client], self.run.federation.settings

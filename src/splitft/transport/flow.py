@@ -8,6 +8,7 @@ middle of a message if need be. A piece that is already there is passed over; on
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
@@ -25,6 +26,9 @@ LEAST_BYTES_PER_S = 1 << 10
 LONGEST_ACKNOWLEDGE_S = 0.1
 FAREWELL_S = 5.0
 SHORTEST_TICK_S = 0.005
+# Sessions of one server beat together, at so many moments of a heartbeat; the other side waits so much longer before it beats unasked.
+BEATS_PER_HEARTBEAT = 2
+FOLLOW = 1.5
 
 What: TypeAlias = Literal["broken", "left", "closed", "lie"]
 
@@ -54,6 +58,7 @@ class _Release:
 
 class Flow:
     """One session's messages, both ways. `deliver` is called in the loop with each message; `moved` whenever the other side has taken any.
+    `leads`: this side gives the signs of life, all its sessions together, and the other answers: that wakes a server of many least often.
 
     Public methods are for the loop thread; other threads go through `mail`.
     """
@@ -66,10 +71,13 @@ class Flow:
         budget: Budget,
         deliver: Callable[[Message], None],
         moved: Callable[[], None] = lambda: None,
+        leads: bool = True,
     ) -> None:
         self.loop, self.mail = loop, Mailbox(loop)
         self._limits, self._timing, self._budget = limits, timing, budget
         self._deliver, self._moved = deliver, moved
+        self._heartbeat_s = timing.heartbeat_s if leads else min(FOLLOW * timing.heartbeat_s, timing.liveness_s / 2)
+        self._grid_s = timing.heartbeat_s / BEATS_PER_HEARTBEAT if leads else 0.0
         self.outbox = Outbox(limits.chunk_bytes, limits.window)
         self.inbox = Inbox(limits.window, limits.buffer_bytes, budget, self._arrived)
         self._past = Counts()
@@ -257,9 +265,12 @@ class Flow:
                 self._mark = (self.loop.time(), self.inbox.filled)
             self._acknowledge_soon()
             return short_bytes
-        if chunk.form is Form.BEAT and chunk.sequence > self.inbox.received:
-            raise Damaged(f"message {self.inbox.received + 1} of {chunk.sequence} is missing")
-        if chunk.form is Form.CLOSE:
+        if chunk.form is Form.BEAT:
+            if chunk.sequence > self.inbox.received:
+                raise Damaged(f"message {self.inbox.received + 1} of {chunk.sequence} is missing")
+            if self.loop.time() - self._spoke_s >= self._timing.heartbeat_s / 2:
+                self._acknowledge_now()
+        elif chunk.form is Form.CLOSE:
             close = read_note(Close, chunk.piece)
             self._end("closed", close.text, close)
         elif chunk.form is Form.BYE:
@@ -297,7 +308,7 @@ class Flow:
 
     def _tick(self) -> None:
         """The one timer of an idle session: a sign of life when due, the end of the stream after silence or a trickle."""
-        now_s, liveness_s, heartbeat_s = self.loop.time(), self._timing.liveness_s, self._timing.heartbeat_s
+        now_s, liveness_s = self.loop.time(), self._timing.liveness_s
         since_s, since_bytes = self._mark
         if self._waiting:
             silent_at_s = now_s + liveness_s
@@ -309,8 +320,10 @@ class Flow:
             if self.inbox.filled - since_bytes < LEAST_BYTES_PER_S * (now_s - since_s):
                 self._end("broken", f"a message came in at less than {LEAST_BYTES_PER_S} bytes/s")
             self._mark = (now_s, self.inbox.filled)
-        if now_s - self._spoke_s >= heartbeat_s:
+        if now_s - self._spoke_s >= self._heartbeat_s - self._grid_s:
             self._acknowledge_now()
             self._spoke_s = now_s
-        due_s = min(self._spoke_s + heartbeat_s, silent_at_s)
-        self._tick_handle = self.loop.call_later(max(due_s - now_s, SHORTEST_TICK_S), self._tick)
+        due_s = max(min(self._spoke_s + self._heartbeat_s, silent_at_s), now_s + SHORTEST_TICK_S)
+        if self._grid_s:
+            due_s = math.ceil(due_s / self._grid_s) * self._grid_s
+        self._tick_handle = self.loop.call_at(due_s, self._tick)

@@ -41,7 +41,7 @@ class _Conversation:
         self.posted = 0
         self.end: FederationError | None = None
         self.welcome: Future[bytes] = Future()
-        self.flow = Flow(loop, limits, timing, Budget(limits.buffer_bytes), self.inbox.put, self.wake)
+        self.flow = Flow(loop, limits, timing, Budget(limits.buffer_bytes), self.inbox.put, self.wake, leads=False)
         self.task: asyncio.Task[None] | None = None
 
     def wake(self) -> None:
