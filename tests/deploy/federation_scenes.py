@@ -181,6 +181,7 @@ class Scene:
         takeover: bool = False,
         text: Path | None = None,
         timing: Timing = QUICK,
+        link_of: Callable[..., Link] = Link,
     ) -> Faulty:
         """Add a client, of the text c<number>.txt."""
         home = self.folder / f"home-{number}"
@@ -192,7 +193,7 @@ class Scene:
         )
         hello = pack(Hello(PROTOCOL_MAJOR, PROTOCOL_MINOR, "test", name, takeover, list(OFFERED)))
         waits = Waits()
-        link = Link(f"127.0.0.1:{port or self.port}", tls, lambda: hello, Limits(), timing, waits=waits)
+        link = link_of(f"127.0.0.1:{port or self.port}", tls, lambda: hello, Limits(), timing, waits=waits)
         self.heard: list[tuple[str, dict[str, Any]]] = []
         member = Member(link, workshop, home / "state", lambda event, facts: self.heard.append((event, facts)), stop.is_set, waits, window)
 

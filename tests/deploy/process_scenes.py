@@ -18,13 +18,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from splitft.deploy.authority import Authority
+import splitft
 from splitft.engine import checkpoint, tensor_file
 
 from . import identities
 from .federation_scenes import events_of, federation_values, wait_for
 
-GENTLE = {"OMP_NUM_THREADS": "1", "NO_COLOR": "1", "COLUMNS": "200", "PYTHONUNBUFFERED": "1", "GRPC_VERBOSITY": "ERROR", "HF_HUB_OFFLINE": "1"}
+GENTLE = {
+    "PYTHONPATH": str(Path(splitft.__file__).parents[1]),
+    "OMP_NUM_THREADS": "1",
+    "NO_COLOR": "1",
+    "COLUMNS": "200",
+    "PYTHONUNBUFFERED": "1",
+    "GRPC_VERBOSITY": "ERROR",
+    "HF_HUB_OFFLINE": "1",
+}
 
 
 class Nursery:
@@ -239,7 +247,10 @@ def fingerprint(federation: Federation) -> dict[str, Any]:
         states = sorted((federation.folder / "clients" / f"client-{seat}" / "state").glob("*/round-*"))
         found[f"client {seat}"] = (states[-1].name, tensor_file.digest_of(states[-1] / "state.safetensors"))
     for event in events_of(federation.run):
-        rows = [tuple(one[name] for name in ("client", "cut", "steps", "status", "tokens", "loss_first", "loss_last")) for one in event["clients"]]
+        rows = [
+            tuple(one[name] for name in ("client", "cut", "steps", "status", "tokens", "loss_first", "loss_last"))
+            for one in event["clients"]
+        ]
         assert event["round"] not in found, "a round is in the journal twice"
         found[event["round"]] = rows
     return found
@@ -261,4 +272,4 @@ def federation(nursery: Nursery, ground: Ground, folder: Path, seats: int = 3, *
         made.end()
 
 
-__all__ = ["Authority", "Federation", "Forked", "Ground", "Nursery", "adapter_bytes", "federation", "fingerprint", "free_port"]
+__all__ = ["Federation", "Forked", "Ground", "Nursery", "adapter_bytes", "federation", "fingerprint", "free_port"]

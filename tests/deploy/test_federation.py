@@ -44,3 +44,26 @@ def test_grpc_gives_the_bits_of_one_process(tmp_path: Path, variant: str) -> Non
     name = "adapter/adapter_model.safetensors"
     assert (folder / name).read_bytes() == (reference / name).read_bytes()
     assert (tmp_path / "home-0" / "adapter" / "adapter_model.safetensors").read_bytes() == (reference / name).read_bytes()
+
+
+@pytest.mark.parametrize("labels", ["server", "client"])
+def test_batched_passes_agree_to_float_tolerance(tmp_path: Path, labels: str) -> None:
+    """Sessions that wait together share a ragged pass: another shape of the same products, so another rounding, and nothing else."""
+    changes: dict[str, Any] = {
+        "uplink": {"name": "identity"},
+        "downlink": {"name": "identity"},
+        "split": {"labels": labels},
+        # Plain steps of equal size: AdamW's first ones are signs, which magnify a rounding without end.
+        "train": {"local_steps": 2, "epsilon": 1e-2},
+    }
+    reference = simulated(tmp_path, **changes)
+    batched = {"engine": {"deterministic": False}, "federation": {"gather_s": 0.3}}
+    with scene(tmp_path, **{**changes, **batched}) as fed:
+        folder = fed.all_clients().end()
+        text = fed.house.metrics.text().decode()
+    passes = [line for line in text.splitlines() if line.startswith("splitft_pass_clients_bucket") or "pass" in line and "bucket" in line]
+    alone = next(float(line.split()[-1]) for line in passes if 'le="1.0"' in line)
+    every = next(float(line.split()[-1]) for line in passes if 'le="+Inf"' in line)
+    assert alone < every / 2, "most passes have company"
+    ours, theirs = adapters_of(folder), adapters_of(reference)
+    assert float((ours - theirs).norm() / (theirs - ours.mean()).norm()) < 1e-4

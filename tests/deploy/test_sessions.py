@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import trustme
@@ -182,7 +183,7 @@ def test_a_restarted_server_does_not_know_the_session() -> None:
 
 
 def test_a_session_is_forgotten_after_a_while() -> None:
-    quick = QUICK
+    quick = replace(QUICK, heartbeat_s=0.05, liveness_s=0.2)
     with echo_server(timing=quick) as server, Proxy("127.0.0.1", server.port) as proxy, client(proxy.port, timing=quick) as link:
         link.open(10.0)
         proxy.refuse = True

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import queue
 import random
 import socket
 import struct
-import threading
 import time
 import zlib
-from collections.abc import Iterator
 from typing import Any
 
 import grpc
@@ -18,92 +15,14 @@ import h2.config
 import h2.connection
 import h2.events
 import msgspec
-import psutil
 import pytest
-from deploy.transport_scenes import CALM, ECHO, QUICK, Echo, client, echo_server, take, wait_until
+from deploy.transport_liars import MIB, PATH, raw, resident_bytes, sealed, served
+from deploy.transport_scenes import CALM, ECHO, client, echo_server, take, wait_until
 
-from splitft.transport.framing import CHECKSUM, HEADER, MAGIC, Close, Form, Hello, Welcome, decode, encode, pack_note, read_note
-from splitft.transport.link import Link
-from splitft.transport.listener import Broken
-from splitft.transport.values import Admitted, Limits, Message, Timing
+from splitft.transport.framing import CHECKSUM, HEADER, Form, Hello, Welcome, encode, pack_note
+from splitft.transport.values import Admitted, Message
 
 pytestmark = pytest.mark.timeout(60)
-PATH = "/splitft.Federation/Session"
-MIB = 1 << 20
-
-
-class Raw:
-    """A client that sends whatever bytes it is told."""
-
-    def __init__(self, port: int, **options: Any) -> None:
-        settings = [("grpc.use_local_subchannel_pool", 1), ("grpc.max_send_message_length", -1)]
-        self._channel = grpc.insecure_channel(f"127.0.0.1:{port}", options=settings, **options)
-        self._ahead: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
-        self.call = self._channel.stream_stream(PATH)(iter(self._ahead.get, None), timeout=20.0)
-
-    def send(self, data: bytes) -> None:
-        self._ahead.put(data)
-
-    def read(self) -> Any:
-        """The next chunk that is no sign of life; None: the stream is over."""
-        try:
-            while (chunk := decode(next(self.call))).form is Form.BEAT:
-                continue
-        except (StopIteration, grpc.RpcError):
-            return None
-        return chunk
-
-    def greet(self, name: str = "raw", **fields: Any) -> Welcome:
-        hello = {"process": name.encode().ljust(16, b"-"), "server": b"", "received": 0, "filled": 0, "greeting": name.encode()} | fields
-        self.send(encode(Form.HELLO, pack_note(Hello(**hello))))
-        return read_note(Welcome, self.read().piece)
-
-    def refusal(self) -> Close:
-        """The server's last word."""
-        chunk = self.read()
-        assert chunk is not None, (self.call.code(), self.call.details())
-        assert chunk.form is Form.CLOSE, chunk
-        return read_note(Close, chunk.piece)
-
-    def close(self) -> None:
-        self._ahead.put(None)
-        self.call.cancel()
-        self._channel.close()
-
-
-@contextlib.contextmanager
-def raw(port: int, **options: Any) -> Iterator[Raw]:
-    one = Raw(port, **options)
-    try:
-        yield one
-    finally:
-        one.close()
-
-
-@contextlib.contextmanager
-def served(**settings: Any) -> Iterator[tuple[Echo, Link]]:
-    """A server and an honest client, who must be served as before whatever happens meanwhile."""
-    with echo_server(**settings) as server, client(server.port, "honest") as link:
-        link.open(10.0)
-        yield server, link
-        sent_s = time.monotonic()
-        link.send(ECHO, bytes(1024))
-        assert len(take(link, 2.0).payload) == 1024
-        assert time.monotonic() - sent_s < 1.0
-        assert link.counts.reconnects == 0
-        assert server.session("honest").epoch == 1
-
-
-def sealed(
-    magic: bytes = MAGIC, form: int = Form.DATA, kind: int = 1, total: int = 3, offset: int = 0, piece: bytes = b"abc", **at: int
-) -> bytes:
-    """A chunk with any fields and a right checksum."""
-    header = HEADER.pack(magic, form, kind, 0, total, offset, at.get("sequence", 1), at.get("received", 0), at.get("released", 0))
-    return header + CHECKSUM.pack(zlib.crc32(piece, zlib.crc32(header))) + piece
-
-
-def resident_bytes() -> int:
-    return int(psutil.Process().memory_info().rss)
 
 
 LIES = {
@@ -228,74 +147,6 @@ def test_captured_bytes_do_not_open_the_session_of_another() -> None:
         assert take(link).payload == b"mine"
 
 
-def test_a_flood_that_does_not_wait_for_room_is_cut() -> None:
-    kept: list[Message] = []
-    with echo_server(answer=lambda session, message: kept.append(message)) as server, raw(server.port) as flooder:
-        flooder.greet()
-        before = resident_bytes()
-        for number in range(1, 20_000):
-            flooder.send(encode(Form.DATA, b"tiny", kind=1, sequence=number))
-        assert "the window is 8" in flooder.refusal().text
-        assert len(kept) <= 8
-        wait_until(lambda: server.listener.buffered_bytes == 0)
-        assert resident_bytes() - before < 16 * MIB
-
-
-def test_a_flood_that_waits_for_room_costs_no_memory() -> None:
-    with served() as (server, _), client(server.port, "flood") as link:
-        link.open(10.0)
-        done = threading.Event()
-
-        def drain() -> None:
-            while not done.is_set():
-                if message := link.receive(0.1):
-                    message.release()
-
-        reader = threading.Thread(target=drain)
-        reader.start()
-        for number in range(20_000):
-            if number == 5_000:
-                before = resident_bytes()
-            link.send(ECHO, b"tiny")
-            if number % 1000 == 0:
-                assert server.listener.buffered_bytes <= 8 * 4
-        wait_until(lambda: link.counts.messages_received == 20_000)
-        done.set()
-        reader.join(10.0)
-        assert resident_bytes() - before < 4 * MIB
-
-
-def test_memory_of_all_clients_is_bounded_and_they_take_turns() -> None:
-    """Six clients send 600 KiB each into a budget of 1 MiB that holds one: the others wait, none breaks, all arrive."""
-    kept: list[Message] = []
-    limits = Limits(buffer_bytes=MIB, chunk_bytes=64 << 10)
-    with (
-        echo_server(answer=lambda session, message: kept.append(message), limits=limits, timing=QUICK) as server,
-        contextlib.ExitStack() as stack,
-    ):
-        links = [stack.enter_context(client(server.port, f"c{number}", timing=QUICK, limits=limits)) for number in range(6)]
-        for link in links:
-            link.open(10.0)
-            link.send(ECHO, bytes(600 << 10))
-        for number in range(6):
-            wait_until(lambda: len(kept) == number + 1)  # noqa: B023 - called at once
-            time.sleep(2 * QUICK.liveness_s if number == 0 else 0.02)
-            assert len(kept) == number + 1
-            assert server.listener.buffered_bytes <= MIB
-            kept[number].release()
-        wait_until(lambda: server.listener.buffered_bytes == 0)
-        assert [event.text for event in server.events if isinstance(event, Broken)] == []
-
-
-def test_an_unfinished_message_of_a_dead_client_gives_its_memory_back() -> None:
-    with echo_server(timing=QUICK) as server, raw(server.port) as dying:
-        dying.greet()
-        dying.send(encode(Form.DATA, bytes(1000), kind=1, total=30 * MIB, sequence=1))
-        wait_until(lambda: server.listener.buffered_bytes == 30 * MIB)
-        wait_until(lambda: server.closed() == ["gone"], QUICK.forget_s + 5.0)
-        assert server.listener.buffered_bytes == 0
-
-
 def test_a_thousand_mutations_hurt_nobody() -> None:
     draw = random.Random(11)
     good = [encode(Form.HELLO, pack_note(Hello(b"p" * 16, b"", 0, 0, b"raw"))), encode(Form.DATA, b"abcdef", kind=1, sequence=1)]
@@ -318,69 +169,6 @@ def test_a_thousand_mutations_hurt_nobody() -> None:
                 while liar.read() is not None:
                     continue
         assert resident_bytes() - before < 64 * MIB
-
-
-def test_half_open_connections_are_cut_while_others_are_served() -> None:
-    timing = Timing(heartbeat_s=0.5, liveness_s=2.0, connect_s=1.5)
-    with (
-        echo_server(True, timing=timing) as server,
-        client(server.port, secure=True, timing=timing) as link,
-        contextlib.ExitStack() as stack,
-    ):
-        link.open(10.0)
-        begun_s = time.monotonic()
-        idle = [stack.enter_context(socket.create_connection(("127.0.0.1", server.port), 5.0)) for _ in range(500)]
-        for number, one in enumerate(idle):
-            if number % 2:
-                one.sendall(b"\x16\x03\x01")  # the first bytes of a TLS greeting
-        slowest_s = 0.0
-        while time.monotonic() - begun_s < timing.connect_s + 2.0:
-            sent_s = time.monotonic()
-            link.send(ECHO, bytes(1024))
-            take(link)
-            slowest_s = max(slowest_s, time.monotonic() - sent_s)
-            time.sleep(0.02)
-        assert slowest_s < 1.0
-        for one in idle:
-            one.settimeout(0.5)
-            with contextlib.suppress(ConnectionError):
-                while one.recv(4096):
-                    continue
-        assert link.counts.reconnects == 0
-
-
-def test_streams_without_a_greeting_are_cut() -> None:
-    timing = Timing(heartbeat_s=0.5, liveness_s=2.0, connect_s=0.7)
-    with served(timing=timing) as (server, _), contextlib.ExitStack() as stack:
-        begun_s = time.monotonic()
-        silent = [stack.enter_context(raw(server.port)) for _ in range(40)]
-        for one in silent:
-            assert one.read() is None
-            assert one.call.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-        assert time.monotonic() - begun_s < timing.connect_s + 2.0
-
-
-def test_a_trickle_is_cut() -> None:
-    with echo_server(timing=QUICK) as server, raw(server.port) as trickler:
-        trickler.greet()
-        begun_s = time.monotonic()
-        for offset in range(0, 200, 5):
-            trickler.send(encode(Form.DATA, b"12345", kind=1, total=200_000, offset=offset, sequence=1))
-            if any(isinstance(event, Broken) for event in server.events):
-                break
-            time.sleep(0.05)
-        assert time.monotonic() - begun_s < 3 * QUICK.liveness_s
-        assert trickler.read() is None
-        assert "less than 1024 bytes/s" in trickler.call.details()
-
-
-def test_silence_is_cut() -> None:
-    with echo_server(timing=QUICK) as server, raw(server.port) as silent:
-        silent.greet()
-        begun_s = time.monotonic()
-        assert silent.read() is None
-        assert "nothing came for" in silent.call.details()
-        assert QUICK.liveness_s - 0.1 < time.monotonic() - begun_s < QUICK.liveness_s + 1.0
 
 
 def test_compressed_messages_are_refused() -> None:

@@ -21,7 +21,7 @@ from splitft.data.federate import own_share
 from splitft.data.order import BatchOrder
 from splitft.deploy.cache import ModelCache
 from splitft.deploy.disk import write_atomically
-from splitft.deploy.letters import Finished, PartInfo, Ready, Welcome
+from splitft.deploy.letters import MAX_LETTER_BYTES, Finished, PartInfo, Ready, Welcome
 from splitft.deploy.parts import check_table, verify_local, wanted_parts
 from splitft.deploy.policy import ClientPolicy, check_adapters, check_gradient, check_round, check_welcome
 from splitft.engine.settings import Federation
@@ -170,6 +170,12 @@ class ClientWorkshop:
         # The engine finds a client by its number; the others' places are never looked at here.
         clients, orders = (data,) * (seat + 1), (order,) * (seat + 1)
         return Federation(split, layout, clients, orders, self.settings, self.vocabulary, self.device, self.start, self.trained)
+
+    def limit_bytes(self) -> int:
+        """Of a step's gradients or activations in any codec, a measured batch, or adapters with moments; and what is around them."""
+        config, width = self.config, int(self.base.get_text_config().hidden_size)
+        rows = max(config.train.batch_size, config.evaluate.batch_size)
+        return max(rows * config.tokens.block_tokens * (5 * width + 16), 21 * self.layout.parameters) + MAX_LETTER_BYTES
 
     def check_round(self, start: RoundStart) -> None:
         """Hold a round's plan against the policy, and against what the server announced. Raises PolicyError or ProtocolError."""

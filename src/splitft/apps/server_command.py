@@ -31,7 +31,7 @@ from splitft.deploy.metrics import Metrics
 from splitft.deploy.page import StatusPage
 from splitft.deploy.parts import ModelParts, model_digest
 from splitft.deploy.roster import Roster
-from splitft.deploy.status import SeatChanges, ServerStatus
+from splitft.deploy.status import Level, SeatChanges, ServerStatus
 from splitft.engine import checkpoint
 from splitft.engine.points import POINTS
 from splitft.errors import ConfigError, Interrupted, SplitftError
@@ -108,7 +108,7 @@ class House:
         section, built = config.federation, run.assembly
         self.waits = Waits()
         self.seats: dict[int, Seat] = {}
-        self.status = ServerStatus(
+        self.status = LoggedStatus(
             config.name, config.rounds, version=__version__, model=config.model.path, waits=self.waits, probe=self.probe
         )
         self.metrics = Metrics(self.status, __version__, f"{PROTOCOL_MAJOR}.{PROTOCOL_MINOR}")
@@ -238,6 +238,14 @@ def _refuse_open_door(config: RunConfig, insecure: bool) -> None:
             f"--insecure with federation.address = {config.federation.address!r} would let anybody in.",
             "make certificates: splitft enroll init; or listen on 127.0.0.1.",
         )
+
+
+class LoggedStatus(ServerStatus):
+    """What the status page shows as events is in the log as well."""
+
+    def event(self, level: Level, text: str, seat: int | None = None) -> None:
+        super().event(level, text, seat)
+        log(LOGGER, text, {"info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}[level], seat=seat)
 
 
 def load_events(journal: Path) -> Iterator[dict[str, Any]]:

@@ -30,7 +30,7 @@ from splitft.deploy.letters import (
 )
 from splitft.deploy.metrics import Metrics
 from splitft.deploy.status import ServerStatus
-from splitft.errors import ProtocolError, SplitftError
+from splitft.errors import CodecError, ProtocolError, SplitftError
 from splitft.transport.listener import Listener
 from splitft.transport.session import Arrived, Broken, Closed, Event, Opened, Resumed, Session
 from splitft.transport.values import Admitted, Message, Peer, Refusal
@@ -225,7 +225,7 @@ class Host:
         """Tell a client that its message was refused; at the `limit` (0: none) it is excluded."""
         seat.strikes += 1
         seat.excluded = seat.excluded or (0 < limit <= seat.strikes)
-        self.metrics.refused(type(problem).__name__)
+        self.metrics.refused("codec" if isinstance(problem, CodecError) else "protocol")
         self.status.event("error", f"refused ({seat.strikes}): {problem.message}", seat.number)
         if seat.session is not None:
             refused = Refused(round_index, problem.message[:2000], problem.remedy[:2000], seat.strikes, seat.excluded)

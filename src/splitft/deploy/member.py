@@ -17,6 +17,8 @@ from torch import Tensor
 
 from splitft.clock import monotonic_s
 from splitft.deploy.letters import (
+    MAX_LETTER_BYTES,
+    PART_BYTES,
     Committed,
     Fetch,
     Finished,
@@ -60,6 +62,9 @@ class Workshop(Protocol):
 
     def federation(self, seat: int, cut: int, tail_blocks: int, exit_on_client: bool, fetch: FetchBytes) -> Federation:
         """The client's part of the model in slots, its weights fetched if need be."""
+
+    def limit_bytes(self) -> int:
+        """The largest message that the server has reason to send."""
 
     def check_round(self, start: RoundStart) -> None: ...
 
@@ -130,7 +135,9 @@ class Member:
     def _enter(self, welcome: Welcome) -> None:
         self.seat = welcome.seat
         self.listen("welcome", {"welcome": welcome})
+        self.link.limit_bytes = PART_BYTES + MAX_LETTER_BYTES
         ready = self.workshop.settle(welcome, self.fetch)
+        self.link.limit_bytes = max(self.link.limit_bytes, self.workshop.limit_bytes())
         # A run's name may come back; what belongs together is the run, the seat and the model.
         named = hashlib.sha256(f"{welcome.run}\0{welcome.seat}\0{welcome.model}".encode()).hexdigest()[:16]
         self.snapshots = Snapshots(self.folder / named, ready.data)

@@ -22,7 +22,7 @@ from splitft.engine.server import Server
 from splitft.engine.settings import ClientState, RoundResult, Starts
 from splitft.errors import ProtocolError, SplitftError
 from splitft.messages import PACKET_KINDS, Frame, RoundEnd, Type, decode
-from splitft.transport.session import Arrived, Closed, Event
+from splitft.transport.session import Arrived, Closed, Event, Opened
 from splitft.transport.values import Message
 from splitft.types import Direction, Plan, RoundPlan
 
@@ -88,12 +88,12 @@ class Round:
         host = self.conductor.host
         host.status.stage("training")
         while any(part.stage not in ("ended", "lost") for part in self.parts.values()):
-            ready = any(part.waiting and part.stage == "training" for part in self.parts.values())
             with host.waits.waiting("messages of the round", self._missing()):
-                events = self.conductor.pump(self._patience() if ready else LOOK_S)
+                events = self.conductor.pump(min(LOOK_S, self._patience_s()))
             for event in events:
                 self._hear(event)
-            self._serve()
+            if self._patience_s() <= 0.0:
+                self._serve()
             self._look_at_the_clock()
         return result_of(self)
 
@@ -102,21 +102,25 @@ class Round:
             :200
         ]
 
-    def _patience(self) -> float:
-        """How long to wait for company before a pass: none where passes are of one client, or where everyone waits already."""
-        if self.server.deterministic or all(part.waiting or part.stage != "training" for part in self.parts.values()):
+    def _patience_s(self) -> float:
+        """How long to wait for company before the next pass: not at all where passes are of one client or everyone waits already."""
+        training = [part for part in self.parts.values() if part.stage in ("training", "opening")]
+        waiting = [part.waiting[0][1] for part in training if part.waiting]
+        if not waiting:
+            return LOOK_S
+        if self.server.deterministic or len(waiting) == len(training):
             return 0.0
-        return self.conductor.section.gather_s
+        return max(0.0, min(waiting) + self.conductor.section.gather_s - self.now_s)
 
     def _hear(self, event: Event) -> None:
         seat = self.conductor.host.seat_of(event.session)
         part = None if seat is None else self.parts.get(seat.number)
-        if isinstance(event, Closed):
+        if isinstance(event, Opened) and part is not None:
+            self._absent(part)  # another process: it begins the round again when it is ready
+        elif isinstance(event, Closed):
             for client, one in self.parts.items():
-                if self.conductor.seat(client).session is None and one.stage not in ("ended", "lost", "absent"):
-                    one.stage, one.gone_s = "absent", self.now_s
-                    self._forget(one)
-            return
+                if self.conductor.seat(client).session is None:
+                    self._absent(one)
         if not isinstance(event, Arrived):
             return
         if seat is None or part is None:
@@ -127,6 +131,11 @@ class Round:
         except (ProtocolError, OverflowError) as problem:
             event.message.release()
             self._refuse(seat.number, problem if isinstance(problem, SplitftError) else ProtocolError(str(problem), ""))
+
+    def _absent(self, part: Part) -> None:
+        if part.stage not in ("ended", "lost", "absent"):
+            part.stage, part.gone_s = "absent", self.now_s
+            self._forget(part)
 
     def _letter(self, seat: Seat, part: Part, message: Message) -> None:
         kind = message.kind
