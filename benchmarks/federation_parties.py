@@ -113,7 +113,7 @@ def write_config(path: Path, values: Mapping[str, Any]) -> Path:
 
 
 def status_of(pid: int) -> dict[str, float]:
-    """Resident bytes now and at their peak, threads, open descriptors and seconds of processor time of a process; empty when it has gone."""
+    """Resident bytes now and at their peak, threads, open descriptors, seconds of processor time of a process; empty when it has gone."""
     try:
         place = Path(f"/proc/{pid}")
         lines = dict(line.split(":", 1) for line in (place / "status").read_text().splitlines() if ":" in line)

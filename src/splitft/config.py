@@ -121,7 +121,9 @@ class TokensSection(Section):
 class ClientsSection(Section):
     """Who takes part, and on what devices."""
 
-    count: CountOrZero = Field(5, description="Number of clients; 0 makes one per natural owner (partitions by_column and files).")
+    count: CountOrZero = Field(
+        5, description="Number of clients, in a federation of seats; 0 makes one per natural owner (partitions by_column and files)."
+    )
     profiles: Annotated[tuple[str, ...], BeforeValidator(_strings)] = Field(
         ("laptop",), description="Device profiles: one for all clients, or one per client."
     )
@@ -143,7 +145,9 @@ class ClientsSection(Section):
     speed_jitter: Annotated[float, Field(ge=0.0, le=2.0, allow_inf_nan=False)] = Field(
         0.0, description="Spread of a device's speed and link from round to round (sigma of a log-normal factor), beside its fleet's."
     )
-    deadline_s: NotNegative = Field(0.0, description="Virtual seconds after which a round no longer waits for stragglers; 0 waits for all.")
+    deadline_s: NotNegative = Field(
+        0.0, description="Seconds after which a round no longer waits for stragglers (virtual ones, in a federation real ones); 0: all."
+    )
     quorum: Annotated[float, Field(gt=0.0, le=1.0, allow_inf_nan=False)] = Field(
         0.5, description="Share of the participants whose updates a round needs before its deadline may end it."
     )

@@ -28,7 +28,7 @@ def import_all() -> None:
     import splitft.apps.session
     import splitft.catalog
 
-    assert grpc and transformers and splitft and AutoTokenizer and PreTrainedTokenizerFast
+    assert all((grpc, transformers, splitft, AutoTokenizer, PreTrainedTokenizerFast))
 
 
 def child(order: dict[str, Any]) -> NoReturn:

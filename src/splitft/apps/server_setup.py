@@ -86,8 +86,8 @@ def assemble_server(config: RunConfig, on_stage: OnStage = lambda name: None, fo
     federation = Federation(split, layout, clients, orders, settings, shape.vocabulary, base.device, start, trained)
     drawn, server = fleet_of(config, count)
     devices = tuple(replace(one, availability=1.0, dropout=0.0, jitter=0.0) for one in drawn)
-    data = FederatedData(clients, _public(config, base), {"federation": config.name, "seats": count}, [], [[] for _ in clients], 0.0)
-    identity = identity_of(config, split, data, layout) | {"engine": ENGINE}
+    data = FederatedData(clients, _public(config, base), {"federation": config.name}, [], [[] for _ in clients], 0.0)
+    identity = identity_of(config, split, data, layout) | {"engine": ENGINE, "seats": count}
     costs = client_costs(config, shape, server, components, layout, base, clients)
     return Assembly(
         config, base, federation, data, Elsewhere(), components, costs, devices, rules_of(config, layout), shape, start, identity

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 LOOK_S = 0.25
 DISK_PAUSE_S = 2.0
+# A server that finds its run finished waits this long for clients that have not heard of it.
+LEAST_S = 1.0
 # What the engine remembers of its members between rounds, in the run's notes.
 MEMBERS = "members"
 
@@ -50,6 +52,7 @@ class Conductor:
     ) -> None:
         self.host, self.section, self.check, self.costs_of, self.deterministic = host, section, check, costs_of, deterministic
         self.cuts: dict[int, int] = {}
+        self.farewell = b""
         self.counted: dict[int, bool] = {}
         self.known: dict[int, tuple[int, int]] = {}
 
@@ -207,16 +210,21 @@ class Conductor:
     def finish(self, rounds: int, over: bool, text: str) -> None:
         """Tell everyone that the run is over, or that the server goes away for a while."""
         letter = pack(Finished(rounds, over, text, self.host.offers if over else []))
+        self.farewell = letter
         for client in list(self.host.seats):
             self.send(client, Letter.FINISHED, letter)
 
     def linger(self, seconds: float) -> None:
         """Give clients time to fetch the joined adapter, until all have gone."""
-        end_s = monotonic_s() + seconds
-        while monotonic_s() < end_s and any(seat.session is not None for seat in self.host.seats.values()):
+        began_s = monotonic_s()
+        while monotonic_s() - began_s < seconds:
+            if monotonic_s() - began_s > LEAST_S and not any(seat.session is not None for seat in self.host.seats.values()):
+                return
             with self.host.waits.waiting("clients to fetch the adapter"):
                 for event in self.host.take(LOOK_S):
                     self.idle(event)
+                    if isinstance(event, Arrived) and event.message.kind == Letter.READY and (seat := self.host.seat_of(event.session)):
+                        self.send(seat.number, Letter.FINISHED, self.farewell)
 
     def wait_for_disk(self, problem: OSError) -> None:
         """The disk has refused a commit: say so, keep the connections, try again."""

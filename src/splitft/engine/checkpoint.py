@@ -282,6 +282,7 @@ def require_same(saved: dict[str, Any], now: dict[str, Any], folder: Path) -> No
             remedies = {
                 "threads": f"resume with engine.threads={saved.get('threads')}, or with engine.deterministic=false, not bit for bit.",
                 "data": "the texts or the partition have changed; restore them, or start a new run.",
+                "seats": "a run keeps its seats: set clients.count back, or start a new run under another name.",
                 "model": "the base model's weights have changed; restore them, or start a new run.",
             }
             raise CheckpointError(
