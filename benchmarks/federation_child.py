@@ -75,7 +75,11 @@ class Passages:
         deliver = Host.deliver
 
         def deliver_stamped(host: Host, event: Event) -> None:
-            if isinstance(event, Arrived) and event.message.kind == Letter.FRAME and bytes(event.message.payload[4:5]) == bytes([Type.STEP_UP]):
+            if (
+                isinstance(event, Arrived)
+                and event.message.kind == Letter.FRAME
+                and bytes(event.message.payload[4:5]) == bytes([Type.STEP_UP])
+            ):
                 self.arrivals.append(time.monotonic())
             deliver(host, event)
 
@@ -162,7 +166,8 @@ def serve(given: dict[str, Any], passages: Passages) -> None:
                 earlier(event, facts)
 
             self.listen = listen
-            return gated(super().rounds(), clock, passages)
+            yield from gated(super().rounds(), clock, passages)
+            os._exit(0)  # as if it was killed: its clients wait for the next server instead of going home
 
     setattr(server_command, "FederatedRun", Gated)  # noqa: B010
     setattr(server_command, "LINGER_S", 1.0)  # noqa: B010
@@ -198,7 +203,34 @@ def take_part(given: dict[str, Any], passages: Passages) -> None:
     cli.main(given["arguments"])
 
 
-KINDS = {"server": serve, "engine": simulate, "client": take_part}
+def idle(given: dict[str, Any], passages: Passages) -> None:
+    """Connections of many clients, each with its own identity, that come in and do nothing until the input ends."""
+    from concurrent.futures import ThreadPoolExecutor
+    from pathlib import Path
+
+    from benchmarks.federation_parties import client_name
+    from splitft.deploy.host import OFFERED
+    from splitft.deploy.identity import Identity
+    from splitft.deploy.letters import PROTOCOL_MAJOR, PROTOCOL_MINOR, Hello, pack
+    from splitft.transport.link import Link
+    from splitft.transport.values import Limits, Timing
+
+    def come_in(client: int) -> Link:
+        identity = Identity.load(Path(given["folder"]) / client_name(client))
+        hello = pack(Hello(PROTOCOL_MAJOR, PROTOCOL_MINOR, "benchmark", identity.name, False, list(OFFERED)))
+        link = Link(f"127.0.0.1:{given['port']}", identity.tls, lambda: hello, Limits(), Timing())
+        link.open()
+        return link
+
+    began_s = time.monotonic()
+    with ThreadPoolExecutor(8) as pool:
+        links = list(pool.map(come_in, range(given["first"], given["first"] + given["count"])))
+        say(seconds=time.monotonic() - began_s)
+        told()
+        list(pool.map(Link.close, links))
+
+
+KINDS = {"server": serve, "engine": simulate, "client": take_part, "idle": idle}
 
 
 def main(text: str) -> None:

@@ -24,7 +24,7 @@ TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 
 def client_name(client: int) -> str:
-    return f"client-{client}"
+    return f"client-{client:03d}"
 
 
 def make_identities(folder: Path, clients: int) -> Path:

@@ -22,9 +22,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tests.net.proxy import Proxy
+
 from benchmarks import federation_parties as parties
 from benchmarks.federation_parties import Party
-from tests.net.proxy import Proxy
 
 CLIENTS = 5
 LATE_CLIENT = 4  # its seat is taken after a while only

@@ -26,6 +26,7 @@ sys.path.insert(0, str(ROOT / "src"))
 
 from splitft import catalog  # noqa: E402 - the source tree counts, installed or not
 from splitft.config import Component, RunConfig  # noqa: E402
+from splitft.deploy.policy import ClientPolicy  # noqa: E402
 from splitft.toml import format_value  # noqa: E402
 
 PLAIN_NAMES = {int: "whole number", float: "number", str: "text", bool: "true or false"}
@@ -43,7 +44,8 @@ splitft run experiment.toml train.learning_rate=2e-4 policy.cuts=[2,3,4]
 
 - Every field has a default, so an empty file is a valid configuration, and `splitft run` without a file uses the defaults.
 - Values are TOML. An override that is no TOML value is taken as text: `name=first` means `name = "first"`.
-- Relative paths in the file are seen from the file's folder, in overrides from the folder you are in. `run.folder` always from the latter.
+- Relative paths in the file are seen from the file's folder, in overrides from the folder you are in. `run.folder` and
+  `federation.identity` always from the latter.
 - Whole numbers go up to 10⁹, the seed to 2⁶³ - 1. Nothing is converted silently: `rank = "8"` and `rank = true` are refused.
 - Every fault is reported at once, with its path, the value, what is allowed and the nearest valid name.
 - The resolved configuration is saved as `config.toml` in the run folder and gives the same run again.
@@ -148,14 +150,26 @@ def _kind(annotation: Any) -> str:
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Literal:
         return ", ".join(f"`{format_value(choice)}`" for choice in arguments)
-    if origin is tuple:
+    if origin in (tuple, list):
         return "list of texts"
     if origin in (typing.Union, UnionType):
         return ", ".join(_kind(argument) for argument in arguments)
     raise TypeError(f"tools/docs.py has no words for the type {annotation!r}: add them to _kind.")
 
 
-PAGES: dict[str, Callable[[], str]] = {"docs/configuration.md": configuration_page}
+POLICY_FIELDS = re.compile(r"(<!-- policy fields[^\n]*-->\n).*?(<!-- end of policy fields -->)", re.DOTALL)
+
+
+def deploy_page() -> str:
+    """docs/deploy.md is written by hand, but for the table of the client policy's fields between its two marks."""
+    text = (ROOT / "docs" / "deploy.md").read_text("utf-8")
+    table = _table(ClientPolicy)
+    page, found = POLICY_FIELDS.subn(lambda marks: f"{marks[1]}\n{table}\n{marks[2]}", text)
+    assert found == 1, "docs/deploy.md has lost the marks around the policy's fields"
+    return page
+
+
+PAGES: dict[str, Callable[[], str]] = {"docs/configuration.md": configuration_page, "docs/deploy.md": deploy_page}
 
 
 def stale_pages() -> list[str]:

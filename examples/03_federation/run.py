@@ -73,7 +73,9 @@ def show(name: str, words: Sequence[object]) -> list[str]:
 
 def enroll(name: str, *words: object, stdin: str = "") -> str:
     """A short command, to its end; what it printed. The token goes in by standard input, where no list of processes shows it."""
-    done = subprocess.run([*SPLITFT, "enroll", *show(name, ["enroll", *words])[1:]], input=stdin, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [*SPLITFT, "enroll", *show(name, ["enroll", *words])[1:]], input=stdin, capture_output=True, text=True, timeout=120
+    )
     if done.returncode:
         raise SystemExit(done.stderr)
     return done.stdout.strip()

@@ -20,7 +20,6 @@ PATHS = (
     ("lora", "adapter"),
     ("clients", "profiles_file"),
     ("data", "path"),
-    ("federation", "identity"),
     ("federation", "held_out"),
 )
 

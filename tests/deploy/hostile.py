@@ -246,7 +246,11 @@ def collected(strategy: SearchStrategy[Any], count: int) -> list[Any]:
     found: list[Any] = []
 
     @hypothesis.settings(
-        max_examples=count, database=None, derandomize=True, phases=[hypothesis.Phase.generate], suppress_health_check=list(hypothesis.HealthCheck)
+        max_examples=count,
+        database=None,
+        derandomize=True,
+        phases=[hypothesis.Phase.generate],
+        suppress_health_check=list(hypothesis.HealthCheck),
     )
     @hypothesis.given(strategy)
     def collect(one: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,11 +16,13 @@ import torch
 from hypothesis import strategies as st
 
 from splitft.deploy import letters
+from splitft.deploy.host import Seat
 from splitft.deploy.letters import Letter
+from splitft.errors import ProtocolError
 from splitft.messages import Frame, RoundEnd, StepFields, Type, decode
 
 from .federation_scenes import Scene, adapters_of, scene, wait_for
-from .hostile import MIB, Liar, Lie, Said, bent, collected, liars, rss_bytes
+from .hostile import MIB, READY, Liar, Lie, Said, bent, collected, liars, rss_bytes
 from .security_runs import COMMON, honest_alone, honest_first, merged
 
 pytestmark = pytest.mark.timeout(120)
@@ -31,7 +33,7 @@ RUN: dict[str, Any] = {
     "clients": {"minimum": 1},
     "policy": {"name": "fixed", "cuts": [1] * (LIARS + 1)},
     "train": {"local_steps": 1, "batch_size": 2, "moments": "keep", "learning_rate": 5e-3},
-    "evaluate": {"every": 40, "max_rows": 2},
+    "evaluate": {"every_rounds": 40, "max_rows": 2},
     "federation": {"join_s": 5.0, "strikes": 1_000_000},
 }
 
@@ -240,42 +242,34 @@ READY_LIES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("lie", READY_LIES)
 def test_absurd_claims_at_the_beginning_hurt_nobody(setting: Setting, lie: str) -> None:
-    ready = msgspec.structs.replace(letters.Ready(10, 160, 10, 0, "0" * 64, 1 << 33), **READY_LIES[lie])
-    changes = merged(COMMON, {**RUN, "rounds": 2, "evaluate": {"max_rows": 2}, "federation": {"join_s": 0.5}, "clients": {"minimum": 1}})
-    with scene(setting.folder, LIARS + 1, **{**changes, "name": f"ready-{len(lie)}"}) as fed:
-        with liars([Liar(fed.port, "a-liar", [[LAST]], ready=ready)]):
-            fed.client(0)
-            folder = fed.end(30)
-    assert (folder / "journal.jsonl").stat().st_size < 200_000
-    with scene(setting.folder, LIARS + 1, **{**merged(changes, {"federation": {"join_s": 0.1}}), "name": f"alone-{len(lie)}"}) as fed:
-        with liars([Liar(fed.port, "a-liar", [[LAST]])]):
-            fed.client(0)
-            assert torch.equal(adapters_of(folder), adapters_of(fed.end(30)))
+    ready = msgspec.structs.replace(READY, **READY_LIES[lie])
+    changes = merged(COMMON, {**RUN, "rounds": 2, "evaluate": {"max_rows": 2}, "federation": {"join_s": 1.0, "strikes": 5}})
+    if READY_LIES[lie].get("held_out_rows"):  # what it says it holds out it is asked to measure, and it never answers
+        changes = merged(changes, {"clients": {"deadline_s": 1.0}})
+    found = []
+    for name, said in (("lies", ready), ("none", READY)):
+        with scene(
+            setting.folder, 2, **merged(changes, {"name": f"{name}-{len(lie)}", "policy": {"name": "fixed", "cuts": [1, 1]}})
+        ) as fed:
+            with liars([Liar(fed.port, "a-liar", [[LAST]], ready=said)]):
+                fed.client(0)
+                folder = fed.end(30)
+                found.append(adapters_of(folder))
+        assert (folder / "journal.jsonl").stat().st_size < 200_000
+    assert torch.equal(*found)
 
 
-def test_a_bad_message_and_a_farewell_in_one_breath(setting: Setting) -> None:
-    """The session is over before its message is refused: there is nobody to tell, and nobody else is concerned."""
-
-    def leave(link_of: Callable[[], Any]) -> Lie:
-        def lie(index: int) -> Said:
-            link_of().send(150, b"")
-            link_of().close(1.0)
-            return 151, b""
-
-        return lie
-
-    for attempt in range(3):
-        with scene(setting.folder, LIARS + 1, **merged(COMMON, {**RUN, "rounds": 1, "name": f"breath-{attempt}"})) as fed:
-            honest_first(fed, 1)
-            found: list[Liar] = []
-            lie = leave(lambda: found[0].link)
-            with liars([]):
-                one = Liar(fed.port, "a-liar", [[lie]])
-                found.append(one)
-                for number in range(2, LIARS + 1):
-                    found.append(Liar(fed.port, f"liar-{number}", [[LAST]]))
-                for each in found:
-                    each.start()
-                fed.end(30)
-                for each in found:
-                    each.leaving.set()
+def test_a_refusal_that_nobody_is_there_to_hear(setting: Setting) -> None:
+    """A bad message and a farewell in one breath: the session is over before the message is refused, which concerns nobody else."""
+    with scene(setting.folder, 2, **merged(COMMON, {**RUN, "rounds": 1, "name": "breath", "federation": {"join_s": 5.0}})) as fed:
+        with liars([Liar(fed.port, "a-liar", [])]) as (one,):
+            wait_for(lambda: 0 in fed.house.host.seats)
+            listener = fed.house.listener
+            assert listener is not None
+            session = listener.sessions["a-liar"]
+        wait_for(lambda: session.over)
+        gone = Seat(0, "a-liar", session)
+        for _ in range(3):
+            fed.house.host.strike(gone, 1, ProtocolError("a lie.", "none."))
+        assert gone.excluded
+        assert one.end is None

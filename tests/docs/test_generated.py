@@ -11,6 +11,7 @@ import pytest
 
 from splitft import catalog
 from splitft.config import RunConfig
+from splitft.deploy.policy import ClientPolicy
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -66,6 +67,14 @@ def test_every_method_is_on_the_page_with_its_fields_and_defaults(generator: Mod
             assert not row.endswith("| . |"), f"{seam} {name} has no docstring"
     assert '`inner = {name = "error_bounded", of = "absolute"}`' in page
     assert '`evict = "new"` (or `"oldest"`)' in page
+
+
+def test_every_field_of_a_client_policy_is_on_the_deployment_page(generator: ModuleType) -> None:
+    page = generator.deploy_page()
+    assert page == (ROOT / "docs" / "deploy.md").read_text("utf-8")
+    for name, field in ClientPolicy.model_fields.items():
+        assert f"| `{name}` | " in page
+        assert str(field.description) in page
 
 
 def test_limits_are_in_words(generator: ModuleType) -> None:

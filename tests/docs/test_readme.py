@@ -11,19 +11,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 import splitft
 from splitft.apps import cli
 from splitft.apps.assemble import build_components
 from splitft.config import RunConfig, load_config
+from splitft.deploy.policy import ClientPolicy, load_policy
 from splitft.errors import ConfigError
 
 from ..support import FAMILIES
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text("utf-8")
-PAGES = sorted(page for folder in (".", "docs", "docs/decisions", "examples/01_simulate") for page in (ROOT / folder).glob("*.md"))
+FOLDERS = (".", "docs", "docs/decisions", "examples/01_simulate", "examples/03_federation")
+PAGES = sorted(page for folder in FOLDERS for page in (ROOT / folder).glob("*.md"))
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -77,12 +80,14 @@ def started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, 
     found: list[tuple[str, Any]] = []
     monkeypatch.chdir(tmp_path)
     config = next(text for page, text in blocks("toml") if page.name == "README.md")
-    for file in ("first.toml", "runs/first/config.toml", "runs/own/config.toml"):
+    for file in ("first.toml", "wards.toml", "runs/first/config.toml", "runs/own/config.toml"):
         Path(file).parent.mkdir(parents=True, exist_ok=True)
         Path(file).write_text(config, "utf-8")
     shutil.copytree(ROOT / "examples", "examples")
-    monkeypatch.setattr(cli.console, "prepare_process", lambda threads=0: None)
+    monkeypatch.setattr(cli.console, "prepare_process", lambda threads=0: cli.console.Threads(1, "cores"))
     monkeypatch.setattr(cli, "_execute", lambda config, resume, quiet: found.append(("run", config)))
+    monkeypatch.setattr("splitft.apps.server_command.serve", lambda config, insecure, quiet, logs: found.append(("server", config)))
+    monkeypatch.setattr("splitft.apps.client_command.join", lambda options: found.append(("client", options)))
     monkeypatch.setattr("splitft.apps.plan_command.show_plan", lambda config: found.append(("plan", config)))
     monkeypatch.setattr("splitft.apps.export.export", lambda run_dir, to, merged: found.append(("export", run_dir)))
     monkeypatch.setattr("splitft.apps.doctor.show", lambda checks: found.append(("doctor", checks)))
@@ -92,6 +97,9 @@ def started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, 
 
 @pytest.mark.parametrize("item", splitft_commands(), ids=named)
 def test_commands_are_understood(item: tuple[Path, list[str]], started: list[tuple[str, Any]]) -> None:
+    if item[1][0] == "enroll":
+        understand(item[1])
+        return
     result = CliRunner().invoke(cli.app, item[1])
     assert result.exit_code == 0, result.output or result.exception
     [(name, what)] = started
@@ -100,14 +108,27 @@ def test_commands_are_understood(item: tuple[Path, list[str]], started: list[tup
         build_components(what)
 
 
+def understand(words: list[str]) -> None:
+    """Raises click's error for words that the command line would not take; nothing is carried out."""
+    command, context = typer.main.get_command(cli.app), None
+    while hasattr(command, "resolve_command"):
+        context = command.make_context("splitft", list(words), parent=context)
+        words = [*context._protected_args, *context.args]
+        _, command, words = command.resolve_command(context, words)
+    command.make_context("splitft", list(words), parent=context)
+
+
 def test_a_wrong_command_would_be_caught(started: list[tuple[str, Any]]) -> None:
     for words in (["run", "first.toml", "train.rate=1"], ["run", "--resumed", "runs/first"], ["train"], ["run", "no.toml"]):
         assert CliRunner().invoke(cli.app, words).exit_code != 0
+    for words in (["enroll", "invite"], ["enroll", "join", "TOKEN", "--folder", "x"], ["enroll", "expel", "north"]):
+        with pytest.raises(Exception, match=r"Missing|No such"):
+            understand(words)
     assert started == []
 
 
 def test_the_pages_show_commands_at_all() -> None:
-    assert {words[0] for _, words in splitft_commands()} >= {"demo", "plan", "run", "export"}
+    assert {words[0] for _, words in splitft_commands()} >= {"demo", "plan", "run", "export", "server", "client", "enroll"}
     assert ["make", "demo"] in [words for _, words in commands()]
 
 
@@ -122,6 +143,9 @@ def test_make_targets_exist() -> None:
 def test_configurations_load(page: Path, text: str, tmp_path: Path) -> None:
     file = tmp_path / "first.toml"
     file.write_text(text, "utf-8")
+    if text.startswith("# policy.toml"):
+        assert load_policy(file) != ClientPolicy()
+        return
     config = load_config(file)
     assert isinstance(config, RunConfig)
     build_components(config)

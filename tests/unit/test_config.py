@@ -246,10 +246,13 @@ class TestComponents:
 class TestPaths:
     def test_file_paths_are_seen_from_the_file(self, tmp_path: Path) -> None:
         text = '[data]\nname = "text"\npath = "texts/*.txt"\n[clients]\nprofiles_file = "devices.toml"\n[lora]\nadapter = "../adapter"\n'
+        text += '[federation]\nheld_out = "public.txt"\nidentity = "federation"\n'
         config = load_config(file_with(tmp_path, text))
         assert config.data.fields["path"] == str(tmp_path / "texts" / "*.txt")
         assert config.clients.profiles_file == str(tmp_path / "devices.toml")
         assert Path(config.lora.adapter).resolve() == tmp_path.parent / "adapter"
+        assert config.federation.held_out == str(tmp_path / "public.txt")
+        assert config.federation.identity == "federation", "from the working folder, as run.folder"
 
     def test_override_paths_are_seen_from_the_working_folder(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (tmp_path / "here").mkdir()

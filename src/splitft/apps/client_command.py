@@ -6,7 +6,7 @@ import os
 import threading
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,13 @@ from splitft.apps.stopping import Stopping, name_hangs
 from splitft.clock import monotonic_s
 from splitft.config import parse_config
 from splitft.deploy.cache import ModelCache
+from splitft.deploy.certificates import fingerprint, read_certificate
 from splitft.deploy.host import OFFERED
 from splitft.deploy.identity import Identity
 from splitft.deploy.letters import PROTOCOL_MAJOR, PROTOCOL_MINOR, Finished, Hello, pack
 from splitft.deploy.member import Member
 from splitft.deploy.names import check_name
-from splitft.deploy.policy import load_policy
+from splitft.deploy.policy import ClientPolicy, check_server, load_policy
 from splitft.deploy.preflight import preflight
 from splitft.errors import (
     ConfigError,
@@ -95,7 +96,8 @@ def join(options: ClientOptions) -> Finished:
     with ExitStack() as stack:
         stopping = stack.enter_context(Stopping(0.0, show).heard())
         asked = stopping.asked
-        _knock(address, identity, options.wait_s, asked, show)
+        shown = _knock(address, identity, options.wait_s, asked, show)
+        check_server(policy, fingerprint_of(shown))
         options.identity.mkdir(parents=True, exist_ok=True, mode=0o700)
         cache = ModelCache(options.cache or cache_folder(), policy.maximum_model_mb * 1_000_000)
         workshop = ClientWorkshop(
@@ -108,13 +110,16 @@ def join(options: ClientOptions) -> Finished:
             name,
             options.identity / "adapter",
             show.listen,
+            server_fingerprint=fingerprint_of(shown),
         )
         hello = pack(Hello(PROTOCOL_MAJOR, PROTOCOL_MINOR, __version__, name, options.takeover, list(OFFERED)))
         waits = Waits()
         tls = None if identity is None else identity.tls
+        if tls is not None and policy.server_fingerprint:
+            tls = replace(tls, root_pem=shown)  # gRPC, too, then believes nobody else
         link = Link(address, tls, lambda: hello, Limits(), Timing(), show.connection, waits)
         stack.callback(link.close)
-        knock = partial(_look, address, identity)
+        knock = partial(_look, address, identity, policy)
         member = Member(link, workshop, options.identity / "state", show.listen, asked, waits, options.window, knock)
         while True:
             try:
@@ -128,20 +133,24 @@ def join(options: ClientOptions) -> Finished:
                 _wait(5.0, asked)
 
 
-def _look(address: str, identity: Identity | None) -> None:
+def fingerprint_of(certificate: bytes) -> str:
+    """SHA-256 of the certificate a server has shown; empty without one."""
+    return fingerprint(read_certificate(certificate)) if certificate else ""
+
+
+def _look(address: str, identity: Identity | None, policy: ClientPolicy) -> None:
     """Raise what is worth giving up for; a server that does not answer is not."""
     with suppress(UnreachableError):
-        preflight(address, identity)
+        check_server(policy, fingerprint_of(preflight(address, identity)))
 
 
-def _knock(address: str, identity: Identity | None, wait_s: float, asked: Any, show: Lines) -> None:
+def _knock(address: str, identity: Identity | None, wait_s: float, asked: Any, show: Lines) -> bytes:
     """Tell apart why a client cannot come in, before the real connection is made; only a server that does not answer is tried again, for
-    `wait_s` (0: for ever)."""
+    `wait_s` (0: for ever). Returns the certificate it shows."""
     began_s, pause_s = monotonic_s(), 1.0
     while True:
         try:
-            preflight(address, identity)
-            return
+            return preflight(address, identity)
         except UnreachableError as problem:
             if wait_s and monotonic_s() - began_s >= wait_s:
                 raise
@@ -190,7 +199,7 @@ class Lines:
     def connection(self, state: str) -> None:
         if state != self.state and not state.startswith("connecting"):
             self(state, "dim" if state == "connected" else "yellow")
-        self.state = state
+            self.state = state
 
     def listen(self, event: str, facts: dict[str, Any]) -> None:
         """An event of the member or its workshop."""
@@ -224,7 +233,7 @@ def _sentence(event: str, facts: dict[str, Any], rounds: int) -> str:
         return f"the server refused a message: {facts['text']} {facts['remedy']}"
     forms = {
         "reading": "reading the data",
-        "loading": "loading {blocks} blocks",
+        "loading": "loading blocks: {blocks}",
         "ready": "ready, waiting for the next round ({round} are done)",
         "round": "round {round:>3}/{rounds}  cut {cut}, {steps} steps",
         "dropped": "round {round}: out of it; waiting for the next",

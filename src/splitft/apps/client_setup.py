@@ -23,11 +23,11 @@ from splitft.deploy.cache import ModelCache
 from splitft.deploy.disk import write_atomically
 from splitft.deploy.letters import MAX_LETTER_BYTES, Finished, PartInfo, Ready, Welcome
 from splitft.deploy.parts import check_table, verify_local, wanted_parts
-from splitft.deploy.policy import ClientPolicy, check_adapters, check_gradient, check_round, check_welcome
+from splitft.deploy.policy import ClientPolicy, check_adapters, check_gradient, check_round, check_score, check_welcome
 from splitft.engine.settings import Federation
 from splitft.errors import ConfigError, ProtocolError
 from splitft.lora import Layout
-from splitft.messages import RoundStart
+from splitft.messages import RoundStart, ScoreStart
 from splitft.models.anatomy import block_count
 from splitft.models.attention import NAME, build_with, register, suited
 from splitft.models.load import BUILDING, causal_class, load_model, load_model_config, load_tokenizer
@@ -55,6 +55,7 @@ class ClientWorkshop:
     name: str = "client"
     adapter_folder: Path = Path("adapter")
     say: Say = lambda event, facts: None
+    server_fingerprint: str = ""
     settled: Welcome | None = None
     _split: SplitModel | None = None
     _held: tuple[frozenset[int], bool] = (frozenset(), False)
@@ -72,7 +73,7 @@ class ClientWorkshop:
             return self._ready
         config = read_config(welcome.config)
         check_table(welcome.parts, welcome.model)
-        check_welcome(self.policy, config, welcome.model)
+        check_welcome(self.policy, config, welcome.model, self.server_fingerprint)
         self.settled, self._split, self._held = welcome, None, (frozenset(), False)
         self.device = choose_device(self.device_name)
         self.config = config
@@ -151,6 +152,10 @@ class ClientWorkshop:
         """This client's blocks in slots; what it has already stays, what is missing is fetched."""
         assert self.settled is not None
         blocks = block_count(self.base)
+        if not (1 <= cut <= blocks - tail_blocks and tail_blocks >= 0 and (exit_on_client or not tail_blocks)):
+            raise ProtocolError(
+                f"the server cuts a model of {blocks} blocks behind {cut}, with {tail_blocks} at the end.", "talk to its operator."
+            )
         front, tail = range(cut), range(blocks - tail_blocks, blocks) if exit_on_client else range(0)
         needed = frozenset([*front, *tail])
         held, with_exit = self._held
@@ -191,6 +196,9 @@ class ClientWorkshop:
         }
         if named := [name for name, is_wrong in wrong.items() if is_wrong]:
             raise ProtocolError(f"round {start.round} differs from what the server announced in {', '.join(named)}.", "ask its operator.")
+
+    def check_score(self, start: ScoreStart) -> None:
+        check_score(self.policy, start)
 
     def check_gradient(self, gradient: Tensor) -> None:
         check_gradient(self.policy, gradient)

@@ -69,7 +69,7 @@ def init(
     typer.echo(f"{folder} holds the federation {name}. Keep authority-key.pem safe: who has it can make clients.")
     if not host:
         typer.echo(f"Its server is good for this machine only; for others: splitft enroll renew-server {folder} --host NAME")
-    typer.echo(f"Next: splitft enroll invite {folder} CLIENT")
+    typer.echo(f"Next: start the server (splitft server CONFIG), and invite clients: splitft enroll invite {folder} CLIENT")
 
 
 @enroll_app.command("renew-server")

@@ -81,8 +81,12 @@ class Display:
 
     def warn(self, text: str) -> None:
         """A warning of the run, in yellow, above the bar."""
+        self.say(text, "yellow")
+
+    def say(self, text: str, style: str = "") -> None:
+        """A line above the bar."""
         if not self.quiet:
-            self.progress.console.print(Text(clean(text), style="yellow"), soft_wrap=True)
+            self.progress.console.print(Text(clean(text), style=style), soft_wrap=True)
 
     def listen(self, event: str, facts: dict[str, Any]) -> None:
         if event == "stage":

@@ -44,6 +44,7 @@ LOGGER = logging.getLogger("splitft.server")
 LINGER_S = 20.0
 RENEW_S = 60.0
 FAILPOINT = "SPLITFT_FAILPOINT"
+STYLES: dict[Level, str] = {"info": "dim", "warning": "yellow", "error": "red"}
 
 
 def serve(config: RunConfig, insecure: bool = False, quiet: bool = False, logs: str = "plain") -> Path:
@@ -68,6 +69,7 @@ def serve(config: RunConfig, insecure: bool = False, quiet: bool = False, logs: 
         house.open()
         if not quiet:
             console.print(house.describe(), highlight=False, soft_wrap=True)
+        house.status.show = lambda level, text, seat: display.say(house.sentence(text, seat), STYLES[level])
         with display.progress:
             _conduct(config, run, house, display, stopping)
     if not quiet:
@@ -170,6 +172,11 @@ class House:
             list(OFFERED),
         )
 
+    def sentence(self, text: str, seat: int | None) -> str:
+        """An event of the status page as a line, with its client's name."""
+        found = None if seat is None else self.seats.get(seat)
+        return f"{found.name}: {text}" if found is not None else text
+
     def probe(self) -> dict[int, SeatChanges]:
         """What only the transport knows of each seat."""
         found: dict[int, SeatChanges] = {}
@@ -241,10 +248,13 @@ def _refuse_open_door(config: RunConfig, insecure: bool) -> None:
 
 
 class LoggedStatus(ServerStatus):
-    """What the status page shows as events is in the log as well."""
+    """What the status page shows as events is in the log as well, and before the operator's eyes."""
+
+    show: Callable[[Level, str, int | None], None] = staticmethod(lambda level, text, seat: None)
 
     def event(self, level: Level, text: str, seat: int | None = None) -> None:
         super().event(level, text, seat)
+        self.show(level, text, seat)
         log(LOGGER, text, {"info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}[level], seat=seat)
 
 

@@ -21,7 +21,9 @@ from splitft.deploy.letters import Committed, Finished, Letter, Snapshot, pack
 from splitft.deploy.measured import attended_of
 from splitft.deploy.measuring import Measurement
 from splitft.deploy.round import Round
-from splitft.engine.planning import Starting, prepare
+from splitft.engine.attendance import UnfitError
+from splitft.engine.intake import positions_of
+from splitft.engine.planning import Prepared, Starting, prepare
 from splitft.engine.record import Trained
 from splitft.engine.settings import ClientState
 from splitft.errors import ResourceError, SplitftError
@@ -32,8 +34,8 @@ if TYPE_CHECKING:
 
 LOOK_S = 0.25
 DISK_PAUSE_S = 2.0
-# A server that finds its run finished waits this long for clients that have not heard of it.
-LEAST_S = 1.0
+# Messages that a client may leave lying; no honest one is sent half as many between two of its own.
+MOST_UNTAKEN = 256
 # What the engine remembers of its members between rounds, in the run's notes.
 MEMBERS = "members"
 
@@ -59,15 +61,15 @@ class Conductor:
     def plug_into(self, run: Run) -> None:
         run.conduct, run.measure, run.on_refused = self.train, self.measure, self.wait_for_disk
         self.run = run
+        self.host.strikes_allowed = self.section.strikes
+        self.host.row_tokens = run.federation.settings.row_tokens or positions_of(run.federation)
 
     # -- a round ---------------------------------------------------------------------------------------------------------------------
 
     def train(self, run: Run, index: int) -> Trained:
         """Round `index`, from waiting for clients to their updates."""
         self.host.status.round_begins(index)
-        here = self._gather(run, index)
-        self._meet(run, here)
-        prepared = prepare(run, index, here=here)
+        prepared = self._prepared(run, index)
         for plan in prepared.plans:  # what travels is counted when it does
             prepared.fetched_bytes[plan.client] = self._fetched(plan.client)
             prepared.moments[plan.client] = (0, 0)
@@ -84,6 +86,16 @@ class Conductor:
         attended = attended_of(run, index, prepared, result, played)
         return Trained(prepared, attended, result, starting.truncated)
 
+    def _prepared(self, run: Run, index: int) -> Prepared:
+        """Who takes part in the round, and how. A client that cannot hold any cut is sent away; the others go on without it."""
+        while True:
+            here = self._gather(run, index)
+            self._meet(run, here)
+            try:
+                return prepare(run, index, here=here)
+            except UnfitError as problem:
+                self.host.send_away(problem.client, "unfit", problem)
+
     def _gather(self, run: Run, index: int) -> list[int]:
         """The seats that can take part, once there are enough: the minimum, and all that are expected or as many as come in time."""
         section, minimum = self.section, run.rules.attendance.minimum
@@ -93,14 +105,17 @@ class Conductor:
             now_s = monotonic_s()
             if len(here) >= minimum:
                 enough_s = now_s if enough_s is None else enough_s
-                listed = [seat for seat in range(expected) if self.host.doorkeeper.listed(seat)]
-                if len(here) >= len(listed) or now_s - enough_s >= section.join_s:
+                if len(here) >= len(self.awaited(expected)) or now_s - enough_s >= section.join_s:
                     return here
             else:
                 enough_s = None
             self.host.status.stage(f"waiting for clients: {len(here)} of at least {minimum}")
             with self.host.waits.waiting(f"clients for round {index}"):
                 self.pump(LOOK_S)
+
+    def awaited(self, expected: int) -> list[int]:
+        """Seats whose clients may come, or are there."""
+        return [seat for seat in range(expected) if self.host.doorkeeper.listed(seat) and not self.host.excluded(seat)]
 
     def here(self, expected: int) -> list[int]:
         return sorted(number for number, seat in self.host.seats.items() if seat.here and number < expected)
@@ -178,6 +193,7 @@ class Conductor:
         """A round is on the disk: the clients may forget what lies before it."""
         if record.training is not None:
             self.host.status.round_done(record.training)
+            self.host.metrics.round_took(record.training["wall_s"])
             for client, counted in self.counted.items():
                 self.send(client, Letter.COMMITTED, pack(Committed(record.round, counted)))
             self.run.reached("commit_told")
@@ -190,6 +206,8 @@ class Conductor:
         if seat is None or seat.session is None:
             return False
         try:
+            if seat.session.backlog > MOST_UNTAKEN:
+                seat.session.close("protocol", f"{seat.name} does not take what it is sent.", "update the client.")
             seat.session.send(kind, payload)
         except SplitftError:
             return False
@@ -215,10 +233,12 @@ class Conductor:
             self.send(client, Letter.FINISHED, letter)
 
     def linger(self, seconds: float) -> None:
-        """Give clients time to fetch the joined adapter, until all have gone."""
-        began_s = monotonic_s()
-        while monotonic_s() - began_s < seconds:
-            if monotonic_s() - began_s > LEAST_S and not any(seat.session is not None for seat in self.host.seats.values()):
+        """Give clients time to hear of the end and to fetch the joined adapter: until all have gone, those included that took part and
+        have not been seen since this process began, as after a restart behind the last commit."""
+        end_s = monotonic_s() + seconds
+        members = {int(number) for number in self.run.state.notes.get(MEMBERS, {})}
+        while monotonic_s() < end_s:
+            if members <= set(self.host.seats) and not any(seat.session is not None for seat in self.host.seats.values()):
                 return
             with self.host.waits.waiting("clients to fetch the adapter"):
                 for event in self.host.take(LOOK_S):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import queue
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
@@ -40,6 +41,11 @@ if TYPE_CHECKING:
     from splitft.deploy.letters import PartInfo
 
 ROSTER_LOOK_S = 1.0
+MOST_ROWS = 1 << 31
+DIGEST_LETTERS = 64
+MOST_SNAPSHOTS = 1000
+# Messages that may be on their way to a client that asks for pieces of the model; an honest one asks for one at a time.
+PIECES_AHEAD = 16
 FETCHERS = 2
 
 
@@ -101,6 +107,8 @@ class Host:
     listener: Listener | None = None
     looked_s: float = 0.0
     each_second: Callable[[], None] = lambda: None
+    strikes_allowed: int = 3
+    row_tokens: int = 1 << 20
 
     def __post_init__(self) -> None:
         self.pool = ThreadPoolExecutor(FETCHERS, thread_name_prefix="splitft-parts")
@@ -150,14 +158,18 @@ class Host:
 
         try:
             wanted = read(Fetch, message.payload)
+            if session.backlog > PIECES_AHEAD:
+                self.metrics.refused("part")
+                session.close("protocol", f"{session.key} asks for pieces of the model and does not take them.", "update the client.")
+                return
             data = self.parts.read(wanted.sha256, wanted.offset, PART_BYTES)
             session.send(Letter.PART, pack(Part(wanted.sha256, wanted.offset, data)))
             if (seat := self.seats.get(self.by_key.get(session.key, -1))) is not None:
                 seat.fetched_bytes += len(data)
         except SplitftError as problem:
             self.metrics.refused("part")
-            if session.connected:
-                session.send(Letter.REFUSED, pack(Refused(0, problem.message, problem.remedy)))
+            with suppress(SplitftError):
+                session.send(Letter.REFUSED, pack(Refused(0, problem.message[:2000], problem.remedy[:2000])))
         finally:
             message.release()
 
@@ -206,8 +218,8 @@ class Host:
         """A client says it can take part."""
         try:
             ready = read(Ready, message.payload)
-            if not (1 <= ready.rows <= 1 << 31 and ready.rows <= ready.tokens <= 1 << 45 and 0 <= ready.held_out_rows <= 1 << 31):
-                raise ProtocolError(f"{seat.name} says it has {ready.rows} rows of {ready.tokens} tokens.", "check the client's data.")
+            if problem := self._impossible(ready):
+                raise ProtocolError(f"{seat.name} says it has {problem}.", "check the client's data.")
             seat.ready = ready
             self.status.seat(seat.number, state="ready", memory_bytes=ready.memory_bytes)
             self.status.event("info", f"ready with {ready.rows} rows of training data", seat.number)
@@ -216,17 +228,45 @@ class Host:
         finally:
             message.release()
 
+    def _impossible(self, ready: Ready) -> str:
+        """What a client cannot have. Cost models, limits and the run's notes are made of these."""
+        rows, most = 1 <= ready.rows <= MOST_ROWS and 0 <= ready.held_out_rows <= MOST_ROWS, ready.rows * self.row_tokens
+        if not (rows and ready.rows <= ready.tokens <= most):
+            return f"{ready.rows} rows of {ready.tokens} tokens and {ready.held_out_rows} held out; a row has at most {self.row_tokens}"
+        if not (0 <= ready.documents <= MOST_ROWS and 0 <= ready.memory_bytes < 1 << 60):
+            return f"{ready.documents} documents and {ready.memory_bytes} bytes of memory"
+        if len(ready.data) > DIGEST_LETTERS or len(ready.snapshots) > MOST_SNAPSHOTS:
+            return f"data with a digest of {len(ready.data)} letters and {len(ready.snapshots)} snapshots"
+        return ""
+
     def seat_of(self, session: Session) -> Seat | None:
         """The seat a session belongs to, if it is still that seat's."""
         seat = self.seats.get(self.by_key.get(session.key, -1))
         return seat if seat is not None and seat.session is session else None
 
-    def strike(self, seat: Seat, round_index: int, problem: SplitftError, limit: int = 0) -> None:
-        """Tell a client that its message was refused; at the `limit` (0: none) it is excluded."""
+    def send_away(self, number: int, code: str, problem: SplitftError) -> None:
+        """End a client's session: it cannot do what is asked of it, and nobody else is to suffer."""
+        seat = self.seats[number]
+        self.metrics.refused(code)
+        self.status.event("warning", f"sent away: {problem.message}", number)
+        seat.ready = None
+        if seat.session is not None:
+            seat.session.close(code, problem.message[:2000], problem.remedy[:2000])
+
+    def excluded(self, number: int) -> bool:
+        """Whether nothing more is expected of a seat."""
+        return number in self.seats and self.seats[number].excluded
+
+    def strike(self, seat: Seat, round_index: int, problem: SplitftError) -> None:
+        """Tell a client that its message was refused; at the last of the `strikes_allowed` it is excluded."""
         seat.strikes += 1
-        seat.excluded = seat.excluded or (0 < limit <= seat.strikes)
+        seat.excluded = seat.excluded or seat.strikes >= self.strikes_allowed
         self.metrics.refused("codec" if isinstance(problem, CodecError) else "protocol")
         self.status.event("error", f"refused ({seat.strikes}): {problem.message}", seat.number)
+        with suppress(SplitftError):  # its session may be over by now, and there is nobody to tell
+            self._tell_strike(seat, round_index, problem)
+
+    def _tell_strike(self, seat: Seat, round_index: int, problem: SplitftError) -> None:
         if seat.session is not None:
             refused = Refused(round_index, problem.message[:2000], problem.remedy[:2000], seat.strikes, seat.excluded)
             seat.session.send(Letter.REFUSED, pack(refused))

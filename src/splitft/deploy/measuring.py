@@ -32,6 +32,8 @@ class Measurement:
 
     def __init__(self, conductor: Conductor, run: Run, index: int, adapters: Tensor) -> None:
         self.conductor, self.run, self.index, self.adapters = conductor, run, index, adapters
+        # The ledger is of rounds; what measuring moves is told with its event.
+        self.moved = {"up": 0, "down": 0}
 
     def event(self) -> dict[str, Any]:
         """The event `evaluation`. Clients that came after the first round are measured without adapters too, for what they gained."""
@@ -42,12 +44,27 @@ class Measurement:
             first = self._scores(run.federation.start, newcomers)
             bases.update({str(client): one.loss for client, one in first.items()})
         common = self._common()
-        if common is None and not scores:
-            raise DataError(
-                "nobody who is there has held-out rows to measure the model on.", "set federation.held_out, or tokens.held_out above 0."
-            )
+        while common is None and not scores:
+            self._wait_for_rows(clients)
+            scores = self._scores(self.adapters, set(range(clients)))
         total = common if common is not None else reduce(add, scores.values())
-        return evaluation_event(self.index, total, [scores.get(client) for client in range(clients)])
+        return evaluation_event(self.index, total, [scores.get(client) for client in range(clients)]) | {"bytes": self.moved}
+
+    def _wait_for_rows(self, clients: int) -> None:
+        """Until somebody is there who has held-out rows. Raises DataError when everyone is and nobody has any."""
+        host = self.conductor.host
+        while True:
+            here = [host.seats[number].ready for number in self.conductor.here(clients)]
+            if any(ready is not None and ready.held_out_rows for ready in here):
+                return
+            if len(here) >= len(self.conductor.awaited(clients)):
+                raise DataError(
+                    "nobody who is there has held-out rows to measure the model on.", "set federation.held_out, or tokens.held_out above 0."
+                )
+            host.status.stage("waiting for clients with held-out rows")
+            with host.waits.waiting("clients with held-out rows"):
+                for event in self.conductor.pump(LOOK_S):
+                    self.conductor.idle(event)
 
     def _common(self) -> Score | None:
         """The model on the server's own public text."""
@@ -73,6 +90,7 @@ class Measurement:
         plans = [self._plan(number) for number in sorted(asked)]
         rules = run.rules
         self.scorer = Scorer(run.federation, adapters, plans, self.index, rules.evaluate_batch, rules.evaluate_rows)
+        self.scorer.rows = {number: seat.ready.held_out_rows for number, seat in seats.items() if seat.ready is not None}
         self.left = {plan.client: monotonic_s() for plan in plans}
         for plan in plans:
             self._ask(plan.client)
@@ -84,8 +102,10 @@ class Measurement:
                 self._hear(event)
             for client, heard_s in list(self.left.items()):
                 session = host.seats[client].session
-                if (session is None or not session.connected) and monotonic_s() - heard_s > patience_s:
-                    host.status.event("warning", "is gone: its held-out rows are not measured this time", client)
+                gone = (session is None or not session.connected) and monotonic_s() - heard_s > patience_s
+                if gone or 0 < rules.attendance.deadline_s < monotonic_s() - heard_s:
+                    why = "is gone" if gone else "does not answer"
+                    host.status.event("warning", f"{why}: its held-out rows are not measured this time", client)
                     del self.left[client]
         return {client: one.score for client, one in sorted(self.scorer.slices.items()) if one.score is not None and one.score.tokens}
 
@@ -95,7 +115,11 @@ class Measurement:
         if session is not None:
             session.limit_bytes = message_limit(self.run, plan)
         opened = Open(self.index, self.scorer.opening(client).encode(), "evaluate")
-        self.conductor.send(client, Letter.OPEN, pack(opened))
+        self._send(client, Letter.OPEN, pack(opened))
+
+    def _send(self, client: int, kind: Letter, data: bytes) -> None:
+        self.moved["down"] += len(data)
+        self.conductor.send(client, kind, data)
 
     def _hear(self, event: Event) -> None:
         seat = self.conductor.host.seat_of(event.session)
@@ -105,11 +129,12 @@ class Measurement:
         event.message.release()
         if seat is None or seat.number not in self.left:
             return
+        self.moved["up"] += len(data)
         try:
             self._letter(seat.number, kind, data)
         except (ProtocolError, CodecError) as problem:
             self.left.pop(seat.number, None)
-            self.conductor.host.strike(seat, self.index, problem, self.conductor.section.strikes)
+            self.conductor.host.strike(seat, self.index, problem)
 
     def _letter(self, client: int, kind: int, data: bytes) -> None:
         if kind == Letter.READY:
@@ -122,6 +147,6 @@ class Measurement:
         elif kind == Letter.FRAME and data[4:5] in (bytes([Type.SCORE_UP]), bytes([Type.SCORE_END])):
             reply = self.scorer.answer(client, data)
             self.left[client] = monotonic_s()
-            self.conductor.send(client, Letter.FRAME, reply)
+            self._send(client, Letter.FRAME, reply)
             if self.scorer.slices[client].score is not None:
                 del self.left[client]

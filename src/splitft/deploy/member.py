@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -50,6 +51,8 @@ Listen = Callable[[str, dict[str, Any]], None]
 FetchBytes = Callable[[str, int], bytes]
 LOOK_S = 0.5
 DISK_PAUSE_S = 2.0
+# Letters that may come in between while a piece of the model is waited for.
+MOST_STASHED = 256
 OPEN_S = 5.0
 KNOCK_S = 30.0
 
@@ -67,6 +70,8 @@ class Workshop(Protocol):
         """The largest message that the server has reason to send."""
 
     def check_round(self, start: RoundStart) -> None: ...
+
+    def check_score(self, start: ScoreStart) -> None: ...
 
     def check_gradient(self, gradient: Tensor) -> None: ...
 
@@ -156,7 +161,8 @@ class Member:
                     return finished
                 self.listen("away", {"text": finished.text})
             else:
-                self._aside(message)
+                with suppress(_Dropped):  # of a round that is over for this client anyway
+                    self._aside(message)
 
     def _work(self, opened: Open) -> None:
         """The round that was opened, and whatever is opened in its midst."""
@@ -180,6 +186,7 @@ class Member:
 
     def _measure(self, opened: Open) -> None:
         start = decode(opened.frame).read(ScoreStart)
+        self.workshop.check_score(start)
         federation = self.workshop.federation(self.seat, start.cut, start.tail_blocks, start.exit_on_client, self.fetch)
         self.round = opened.round
         self.link.send(Letter.OPENED, pack(Opened(opened.round)))
@@ -256,7 +263,7 @@ class Member:
             message = self.link.receive(DISK_PAUSE_S)
         self._look_at_stop()
         if message is not None:
-            self.stash.append(message)
+            self._keep(message)
 
     def _reply(self, client: Client | None) -> bytes:
         """The next frame of the server; what else it says meanwhile is followed."""
@@ -326,6 +333,12 @@ class Member:
         if self.stop():
             raise Interrupted("Stopped; what the server has committed is on this disk.", "start the same command again to go on.")
 
+    def _keep(self, message: Message) -> None:
+        """Lay a letter aside for later."""
+        if len(self.stash) >= MOST_STASHED:
+            raise ProtocolError(f"the server sent {len(self.stash)} letters while it was asked for something else.", "check its version.")
+        self.stash.append(message)
+
     def fetch(self, sha256: str, offset: int) -> bytes:
         """Bytes of a part of the model from the server."""
         self.link.send(Letter.FETCH, pack(Fetch(sha256, offset)))
@@ -338,4 +351,4 @@ class Member:
             elif message.kind == Letter.REFUSED:
                 self._aside(message)
             else:
-                self.stash.append(message)
+                self._keep(message)

@@ -17,9 +17,15 @@ from splitft.lora import Layout
 
 def moments_packet(layout: Layout, first: Tensor, second: Tensor, blocks: tuple[int, int]) -> bytes:
     """First and second moments [2 q] of the adapters of blocks [from, to), of a whole row [p] each."""
+    _check_blocks(layout, blocks)
     columns = layout.columns(*blocks)
     both = torch.stack([first[columns], second[columns]]).to("cpu", torch.float32).contiguous()
     return packet_bytes(Packet(PLAIN_CODEC, both.dtype, tuple(both.shape), both.view(-1).view(torch.uint8).numpy().tobytes()))
+
+
+def _check_blocks(layout: Layout, blocks: tuple[int, int]) -> None:
+    if not 0 <= blocks[0] < blocks[1] <= 1 + max(entry.key.block for entry in layout.entries):
+        raise ProtocolError(f"moments of blocks {blocks[0]} to {blocks[1]} are to move.", "check the other side's version.")
 
 
 def put_moments(layout: Layout, first: Tensor, second: Tensor, blocks: tuple[int, int], data: bytes) -> None:
@@ -36,8 +42,7 @@ def given(layout: Layout, state: ClientState, data: bytes, blocks: tuple[int, in
     """A client's state with the moments of blocks that the other side hands over. Raises ProtocolError."""
     assert state.first is not None
     assert state.second is not None
-    if not 0 <= blocks[0] < blocks[1] <= 1 + max(entry.key.block for entry in layout.entries):
-        raise ProtocolError(f"moments of blocks {blocks[0]} to {blocks[1]} arrived.", "check the other side's version.")
+    _check_blocks(layout, blocks)
     first, second = state.first.clone(), state.second.clone()
     put_moments(layout, first, second, blocks, data)
     return replace(state, first=first, second=second)

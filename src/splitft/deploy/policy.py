@@ -18,7 +18,7 @@ from splitft.config import Component, RunConfig
 from splitft.config_checks import problems_of, shown
 from splitft.config_fields import Count, CountOrZero, NotNegative, Section
 from splitft.errors import ConfigError, PolicyError
-from splitft.messages import RoundStart
+from splitft.messages import RoundStart, ScoreStart
 from splitft.toml import read_toml
 
 Names = Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=100)]
@@ -99,13 +99,22 @@ def _at_most(field: str, asked: int, limit: int, what: str) -> None:
         raise _refusal(field, f"{asked} {what}", f"at most {limit}")
 
 
+def check_server(policy: ClientPolicy, fingerprint: str) -> None:
+    """Raise PolicyError unless the server may show the certificate with this SHA-256 (empty: it has shown none)."""
+    if policy.server_fingerprint and _plain(fingerprint) != _plain(policy.server_fingerprint):
+        raise _refusal("server_fingerprint", f"trust in the certificate {fingerprint or '(none)'}", f"only {policy.server_fingerprint}")
+
+
+def _plain(fingerprint: str) -> str:
+    return fingerprint.replace(":", "").lower()
+
+
 def check_welcome(policy: ClientPolicy, config: RunConfig, model: str, fingerprint: str = "") -> None:
     """Raise PolicyError unless the run that a server announces, on this base model, is within the policy.
 
     `fingerprint` is the SHA-256 of the certificate the server has shown.
     """
-    if policy.server_fingerprint and _plain(fingerprint) != _plain(policy.server_fingerprint):
-        raise _refusal("server_fingerprint", f"trust in the certificate {fingerprint or '(none)'}", f"only {policy.server_fingerprint}")
+    check_server(policy, fingerprint)
     if policy.base_model and model != policy.base_model:
         raise _refusal("base_model", f"the base model {model[:80]}", f"only {policy.base_model}")
     split, train = config.split, config.train
@@ -121,10 +130,6 @@ def check_welcome(policy: ClientPolicy, config: RunConfig, model: str, fingerpri
     _check_codecs("adapter_codecs", policy.adapter_codecs, (("adapter_uplink", config.adapter_uplink), _adapter_downlink(config)))
     if policy.noise_floor > 0:
         raise _refusal("noise_floor", "activations without noise", f"noise of {policy.noise_floor:g} or more, which no codec offers yet")
-
-
-def _plain(fingerprint: str) -> str:
-    return fingerprint.replace(":", "").lower()
 
 
 def _leaving(config: RunConfig) -> Iterator[tuple[str, Component]]:
@@ -174,6 +179,19 @@ def check_round(policy: ClientPolicy, start: RoundStart) -> None:
     _at_most("maximum_rounds", start.round, policy.maximum_rounds, "rounds")
     _at_most("maximum_local_steps", start.local_steps, policy.maximum_local_steps, "local steps")
     _at_most("maximum_step_rows", start.batch_size * start.gradient_accumulation, policy.maximum_step_rows, "rows a step")
+
+
+def check_score(policy: ClientPolicy, start: ScoreStart) -> None:
+    """Raise PolicyError unless a measurement is within the policy: held-out rows leave at the same cut as training rows."""
+    if start.cut < policy.minimum_cut:
+        raise _refusal(
+            "minimum_cut", f"a measurement behind block {start.cut}", f"no fewer than {policy.minimum_cut} blocks in front of it"
+        )
+    _at_most("maximum_cut", start.cut, policy.maximum_cut, "blocks in front of the cut")
+    if policy.labels == "client" and not start.exit_on_client:
+        raise _refusal("labels", "the labels of held-out rows (the exit on the server)", "no labels to leave")
+    _at_most("maximum_rounds", start.round, policy.maximum_rounds, "rounds")
+    _at_most("maximum_step_rows", start.batch_size, policy.maximum_step_rows, "rows of a measured batch")
 
 
 def check_gradient(policy: ClientPolicy, gradient: Tensor) -> None:

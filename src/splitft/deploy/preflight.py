@@ -31,8 +31,9 @@ class _EndedEarly(Exception):  # noqa: N818 - not an error yet: asked once more 
     """The server ended the connection before its HTTP/2 settings, without saying why."""
 
 
-def preflight(address: str, identity: Identity | None, wait_s: float = WAIT_S) -> None:
-    """Returns when a gRPC server at `address` has let this client in; `identity` None: plain text.
+def preflight(address: str, identity: Identity | None, wait_s: float = WAIT_S) -> bytes:
+    """Returns when a gRPC server at `address` has let this client in, with the certificate it has shown as PEM; `identity` None: plain
+    text, no certificate.
 
     Raises UnreachableError, UntrustedError, IdentityError, or FederationError when something else listens there; within `wait_s`.
     """
@@ -40,11 +41,11 @@ def preflight(address: str, identity: Identity | None, wait_s: float = WAIT_S) -
     if identity is not None:
         identity.check_dates()
     try:
-        _knock(address, identity, deadline_s)
+        return _knock(address, identity, deadline_s)
     except _EndedEarly:
         try:
             # A server that is being restarted looks the same for a moment; one that refuses a certificate does it every time.
-            _knock(address, identity, deadline_s)
+            return _knock(address, identity, deadline_s)
         except _EndedEarly:
             raise _ended(address, identity) from None
 
@@ -62,13 +63,14 @@ def _refused(address: str, identity: Identity, why: str) -> IdentityError:
     )
 
 
-def _knock(address: str, identity: Identity | None, deadline_s: float) -> None:
+def _knock(address: str, identity: Identity | None, deadline_s: float) -> bytes:
     with _connection(address, deadline_s) as plain:
         if identity is None:
             _await_settings(plain, address, None, deadline_s)
-        else:
-            with _handshake(plain, address, identity, deadline_s) as stream:
-                _await_settings(stream, address, identity, deadline_s)
+            return b""
+        with _handshake(plain, address, identity, deadline_s) as stream:
+            _await_settings(stream, address, identity, deadline_s)
+            return ssl.DER_cert_to_PEM_cert(stream.getpeercert(binary_form=True) or b"").encode("ascii")
 
 
 @contextmanager

@@ -9,18 +9,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-import torch
-
 from splitft.clock import monotonic_s
 from splitft.deploy.letters import Finish, Letter, Open, Refused, Report, pack, read
 from splitft.deploy.letters import Opened as OpenedLetter
 from splitft.deploy.moments import moments_packet, put_moments
+from splitft.deploy.norms import UpdateNorms
 from splitft.deploy.round_result import checked_report, message_limit, result_of
 from splitft.engine.ledger import Ledger
 from splitft.engine.planning import Prepared
 from splitft.engine.server import Server
 from splitft.engine.settings import ClientState, RoundResult, Starts
-from splitft.errors import ProtocolError, SplitftError
+from splitft.errors import CodecError, ProtocolError, SplitftError
 from splitft.messages import PACKET_KINDS, Frame, RoundEnd, Type, decode
 from splitft.transport.session import Arrived, Closed, Event, Opened
 from splitft.transport.values import Message
@@ -68,12 +67,12 @@ class Round:
         self.digests: dict[int, str] = {}
         self.lost: set[int] = set()
         self.parts = {client: Part(plan) for client, plan in self.plans.items()}
+        known = [float(one) for one in run.state.notes.get("update_norms", [])]
+        self.norms = UpdateNorms(known, conductor.section.update_norm_factor)
         first_step = (index - 1) * run.rules.local_steps
         plan = RoundPlan(index, tuple(prepared.plans))
-        self.server = Server(run.federation, plan, first_step, starts, dict(self.states), conductor.deterministic, self._guard)
+        self.server = Server(run.federation, plan, first_step, starts, dict(self.states), conductor.deterministic, self.norms.check)
         self.began_s = monotonic_s()
-        self.accepted: dict[int, float] = {}
-        self.norms: list[float] = [float(one) for one in run.state.notes.get("update_norms", [])]
 
     @property
     def now_s(self) -> float:
@@ -95,6 +94,10 @@ class Round:
             if self._patience_s() <= 0.0:
                 self._serve()
             self._look_at_the_clock()
+        for client, problem in self.norms.outliers().items():
+            if self.parts[client].stage == "ended":
+                self.parts[client].stage = "training"  # it was accepted before there was anything to hold it against
+                self._refuse(client, problem)
         return result_of(self)
 
     def _missing(self) -> str:
@@ -128,7 +131,7 @@ class Round:
             return
         try:
             self._letter(seat, part, event.message)
-        except (ProtocolError, OverflowError) as problem:
+        except (ProtocolError, CodecError, OverflowError) as problem:
             event.message.release()
             self._refuse(seat.number, problem if isinstance(problem, SplitftError) else ProtocolError(str(problem), ""))
 
@@ -304,7 +307,7 @@ class Round:
     def _refuse(self, client: int, problem: SplitftError) -> None:
         """A bad message costs its sender the round, and a strike."""
         self._lose(client, "refused")
-        self.conductor.host.strike(self.conductor.seat(client), self.index, problem, self.conductor.section.strikes)
+        self.conductor.host.strike(self.conductor.seat(client), self.index, problem)
 
     def _lose(self, client: int, why: str) -> None:
         part = self.parts[client]
@@ -337,6 +340,8 @@ class Round:
                 self._lose(client, f"gone for {now_s - part.gone_s:.0f} s")
             elif part.stage == "absent" and self.conductor.seat(client).excluded:
                 self._lose(client, "excluded")
+            elif part.stage == "absent" and not self.conductor.host.doorkeeper.listed(client):
+                self._lose(client, "taken off the roster")
 
     def _late(self, client: int, part: Part, now_s: float) -> None:
         """A straggler at the deadline: asked for what it has done, if that counts, and given up after a while."""
@@ -350,17 +355,3 @@ class Round:
                 self._lose(client, "late")
         else:
             self._lose(client, "late")
-
-    def _guard(self, client: int, update: torch.Tensor, start: torch.Tensor) -> None:
-        """Refuse an update that is not finite or absurdly large beside those accepted so far."""
-        change = float(torch.linalg.vector_norm((update.detach().cpu() - start.detach().cpu()).double()))
-        factor = self.conductor.section.update_norm_factor
-        if not math.isfinite(change):
-            raise ProtocolError(f"the update of client {client} holds a value that is not finite.", "its training has diverged.")
-        usual = sorted(self.norms)[len(self.norms) // 2] if self.norms else 0.0
-        if factor and usual > 0 and change > factor * usual:
-            raise ProtocolError(
-                f"the update of client {client} has norm {change:.3g}, {factor:g} times the usual {usual:.3g} is allowed.",
-                "its training has diverged, or federation.update_norm_factor is too small.",
-            )
-        self.accepted[client] = change

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from splitft.deploy.letters import Report
 from splitft.engine.adapters import facts_together
+from splitft.engine.intake import positions_of
 from splitft.engine.settings import RoundResult, is_low, next_state
+from splitft.engine.streams import ADAPTERS_DOWN, ADAPTERS_UP
 from splitft.errors import ProtocolError
 from splitft.types import Plan
+from splitft.wire import PLACES
 
 if TYPE_CHECKING:
     from splitft.deploy.round import Round
     from splitft.engine.rounds import Run
 
-# Norms of accepted updates that are remembered, to tell what is usual.
-REMEMBERED_NORMS = 100
+# No loss, no number of seconds and no sum over a round's values comes near this; sums of such numbers are still finite.
+LARGEST_FIGURE = 1e18
+PLACES_KNOWN = frozenset((*PLACES, ADAPTERS_UP, ADAPTERS_DOWN))
+LONGEST_NAME = 64
 
 
 def result_of(played: Round) -> RoundResult:
@@ -36,8 +40,7 @@ def result_of(played: Round) -> RoundResult:
         states[client] = replace(state, streams=streams if streams.forms or streams.known is not None else None)
         if found := facts_together(report.facts, server.facts(client)):
             facts[client] = found
-    accepted = [norm for client, norm in sorted(played.accepted.items()) if client not in lost]
-    played.run.state.notes = {**played.run.state.notes, "update_norms": [*played.norms, *accepted][-REMEMBERED_NORMS:]}
+    played.run.state.notes = {**played.run.state.notes, "update_norms": played.norms.remembered(lost)}
     order = list(played.plans)
     reports = [played.parts[client].report for client in order]
     return RoundResult(
@@ -66,8 +69,11 @@ def checked_report(report: Report, plan: Plan, index: int) -> Report | None:
         return None
     sums = [value for place in report.facts.values() for value in place.values()]
     numbers = [*report.step_losses, *report.seconds.values(), *sums]
+    names = [*report.seconds, *(name for place in report.facts.values() for name in place)]
     many = len(report.step_losses) > plan.local_steps or len(report.seconds) > 16 or len(sums) > 2000
-    if many or not all(math.isfinite(value) for value in numbers) or not 0 <= report.tokens < 1 << 45:
+    strange = not PLACES_KNOWN.issuperset(report.facts) or any(len(name) > LONGEST_NAME for name in names)
+    absurd = not all(abs(value) <= LARGEST_FIGURE for value in numbers)  # NaN is not at most anything
+    if many or strange or absurd or min(report.seconds.values(), default=0.0) < 0 or not 0 <= report.tokens < 1 << 45:
         raise ProtocolError(f"client {plan.client} reports {len(numbers)} figures that cannot be right.", "its training has diverged.")
     return report
 
@@ -75,7 +81,7 @@ def checked_report(report: Report, plan: Plan, index: int) -> Report | None:
 def message_limit(run: Run, plan: Plan) -> int:
     """The largest message that a client may send in a round, in bytes: a step of full rows in any codec, a measured batch, its adapters."""
     settings, split, rules = run.federation.settings, run.federation.split, run.rules
-    tokens = settings.row_tokens or run.costs[plan.client].sequence_tokens
+    tokens = settings.row_tokens or min(run.costs[plan.client].sequence_tokens, positions_of(run.federation))
     step_bytes = settings.batch_size * tokens * (5 * split.hidden_size + 16)
     score_bytes = rules.evaluate_batch * tokens * (4 * split.hidden_size + 16)
     adapter_bytes = 9 * run.federation.layout.parameters

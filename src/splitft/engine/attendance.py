@@ -98,10 +98,18 @@ def draw_participants(
     return sorted(reachable[int(position)] for position in drawn)
 
 
+class UnfitError(ResourceError):
+    """A client has not the memory for any cut that is allowed."""
+
+    def __init__(self, client: int, message: str, remedy: str) -> None:
+        super().__init__(message, remedy)
+        self.client = client
+
+
 def accept(plan: Plan, costs: CostModel, profile: Profile) -> Plan:
     """The plan as the client accepts it: one whose cut does not fit the device's memory is refused for the deepest that does.
 
-    Only the client knows its memory, so this is its own decision. Raises ResourceError when not even the shallowest cut fits.
+    Only the client knows its memory, so this is its own decision. Raises UnfitError when not even the shallowest cut fits.
     """
     shallowest = plan.cut if plan.is_whole(len(costs.shape.blocks)) else min(plan.cut, costs.shallowest_cut)
     for cut in range(plan.cut, shallowest - 1, -1):
@@ -109,7 +117,8 @@ def accept(plan: Plan, costs: CostModel, profile: Profile) -> Plan:
         if costs.cost(tried).client_memory.total_bytes <= profile.memory_bytes:
             return tried
     need_bytes = costs.cost(replace(plan, cut=shallowest)).client_memory.total_bytes
-    raise ResourceError(
+    raise UnfitError(
+        plan.client,
         f"client {plan.client} cannot hold any cut that is allowed: cut {shallowest} needs {need_bytes:.0f} bytes, {profile.name!r} has "
         f"{profile.memory_bytes:.0f}.",
         "use a smaller batch, shorter sequences, bfloat16 weights or gradient checkpointing, lower split.minimum_cut, or leave it out.",

@@ -7,7 +7,7 @@ the server's own machine is measured by evaluate.py; the sums agree to float tol
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -41,6 +41,8 @@ _ORDER = "measure the slice again from its beginning."
 _SAME = "both sides must run the same plan and version."
 # What is measured is never compressed: the raw bytes of a tensor, codec 1 on the wire (compress/identity.py).
 PLAIN_CODEC = 1
+# Nats of one target; no float32 logits give more than a fraction of it.
+LARGEST_LOSS = 1e9
 
 
 def plain_packet(tensor: Tensor) -> bytes:
@@ -69,6 +71,7 @@ class _Slice:
 
     plan: Plan
     step: int = 0
+    rows: int = 0
     loss_sum: float = 0.0
     correct: int = 0
     tokens: int = 0
@@ -77,7 +80,8 @@ class _Slice:
 
 @dataclass
 class Scorer:
-    """The server's side of one measurement of the adapters [p]; `plans` say where each client's model is cut."""
+    """The server's side of one measurement of the adapters [p]; `plans` say where each client's model is cut, `rows` how many rows it
+    says it holds out (where that is not in the federation's data)."""
 
     federation: Federation
     adapters: Tensor
@@ -86,6 +90,7 @@ class Scorer:
     batch_size: int
     max_rows: int
     slices: dict[int, _Slice] = field(default_factory=dict)
+    rows: Mapping[int, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.bank = AdapterBank(self.federation.layout, 1, self.federation.device)
@@ -119,6 +124,9 @@ class Scorer:
         padded = len(frame.lengths) * max(frame.lengths, default=0)
         if not frame.lengths or not all(frame.lengths) or max(frame.lengths) > row_most or padded > self.batch_size * row_most:
             raise ProtocolError(f"client {plan.client} measures {len(frame.lengths)} rows of {padded} tokens together.", _SAME)
+        one.rows += len(frame.lengths)
+        if one.rows > self._most_rows(plan.client):
+            raise ProtocolError(f"client {plan.client} measures {one.rows} rows, it has {self._most_rows(plan.client)}.", _SAME)
         lengths, total, width = torch.tensor(frame.lengths), sum(frame.lengths), max(frame.lengths)
         mask = length_mask(lengths, width)
         valid = None if mask is None else mask.reshape(-1).bool()
@@ -141,12 +149,20 @@ class Scorer:
         one.loss_sum, one.correct, one.tokens = one.loss_sum + loss_sum, one.correct + correct, one.tokens + tokens
         return step_frame(Type.SCORE_DOWN, fields.with_result(loss_sum, 0.0), (), ()).encode()
 
+    def _most_rows(self, client: int) -> int:
+        """Rows of a client's slice, as far as it has said."""
+        held_out = self.rows.get(client, len(self.federation.clients[client].held_out))
+        return min(held_out, self.max_rows) if self.max_rows > 0 else held_out
+
     def _end(self, one: _Slice, frame: Frame) -> bytes:
         end: ScoreEnd = frame.read(ScoreEnd)
         if (end.round, end.client) != (self.round, one.plan.client):
             raise ProtocolError(f"client {one.plan.client} closed the measurement of round {end.round} as client {end.client}.", _ORDER)
         if not (math.isfinite(end.loss_sum) and end.loss_sum >= 0 and 0 <= end.correct <= end.tokens):
             raise ProtocolError(f"client {end.client} measured a loss of {end.loss_sum}, {end.correct} of {end.tokens} right.", _SAME)
+        most = self._most_rows(end.client) * (self.federation.settings.row_tokens or positions_of(self.federation))
+        if end.tokens > most or end.loss_sum > LARGEST_LOSS * max(1, end.tokens):
+            raise ProtocolError(f"client {end.client} measured {end.tokens} targets of {most} with a loss of {end.loss_sum:.3g}.", _SAME)
         there = not one.plan.exit_on_client
         one.score = Score(one.loss_sum, one.correct, one.tokens) if there else Score(float(end.loss_sum), int(end.correct), int(end.tokens))
         return round_frame(Type.ROUND_ACCEPTED, RoundAccepted(round=self.round, client=end.client)).encode()

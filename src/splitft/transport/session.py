@@ -49,6 +49,11 @@ class Session:
         return self.flow.counts()
 
     @property
+    def backlog(self) -> int:
+        """Messages sent that the client has not received yet."""
+        return self.flow.outbox.sent - self.flow.outbox.acknowledged
+
+    @property
     def limit_bytes(self) -> int:
         """The largest message the client may send now; a larger one is refused at its header and ends the session."""
         return self.flow.inbox.limit_bytes
