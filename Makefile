@@ -11,11 +11,11 @@ READY := $(VENV)/ready-$(KEY)
 BROKEN := $(shell [ -x $(BIN)/python ] || echo broken)
 # Once the packages are in, the demo and the tests need no network and must not try.
 demo test bench: export HF_HUB_OFFLINE := 1
-test: export OMP_NUM_THREADS := 1
+test chaos: export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
 broken:
-.PHONY: broken help setup demo test check format docs bench clean
+.PHONY: broken help setup demo test chaos check format docs bench clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
@@ -30,6 +30,9 @@ demo: $(READY) ## train the embedded model over a few simulated clients and writ
 
 test: $(READY) ## run the tests, two processes of one thread each
 	$(BIN)/python -m pytest -n 2 -q $(ARGS)
+
+chaos: $(READY) ## kill, cut and pause federations of real processes for a quarter of an hour (ARGS="--chaos-seed 7")
+	$(BIN)/python -m pytest -q -m chaos tests/chaos $(ARGS)
 
 check: $(READY) ## style, types, import layers
 	$(BIN)/ruff check .

@@ -20,7 +20,7 @@ from benchmarks import paper_page, record
 from splitft.apps.console import prepare_process
 from splitft.clock import utc_now
 
-TIMED = ("startup", "throughput", "growth", "memory", "codecs", "floors", "flower")
+TIMED = ("startup", "throughput", "growth", "memory", "codecs", "floors", "federation", "flower")
 # Bytes by shape: nothing in it depends on the machine, so it is measured when asked for.
 NAMES = (*TIMED, "paper_tables")
 

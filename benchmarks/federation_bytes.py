@@ -58,7 +58,7 @@ def measure(load: Load, folder: Path, say: Callable[[str], None]) -> list[dict[s
             marks.append({"up": sum(one.bytes_up for one in proxies), "down": sum(one.bytes_down for one in proxies)})
         events = parties.events_of(federated.run_folder, "round"), parties.events_of(federated.run_folder, "evaluation")
     row = _row(marks, *events, load)
-    say(f"bytes at the sockets beyond the ledger: {100 * row['excess']:+.2f} %; rounds without measuring {100 * row['middle_excess']:+.2f} %")
+    say(f"bytes at the sockets beyond the ledger: {100 * row['excess']:+.2f} %; of training {100 * row['middle_excess']:+.2f} %")
     return [row]
 
 

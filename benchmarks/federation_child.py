@@ -1,4 +1,4 @@
-"""One process of a measured federation: the server, a client, or a whole run in one process beside them; rounds begin when they are told to.
+"""One process of a measured federation: the server, a client, or a whole run in one process beside them; rounds begin when told to.
 
     python -m benchmarks.federation_child '{"kind": "server", "config": "federation.toml"}'
 
@@ -153,11 +153,12 @@ def serve(given: dict[str, Any], passages: Passages) -> None:
     from pathlib import Path
 
     from splitft.apps import server_command
+    from splitft.apps.session import FederatedRun
     from splitft.config import load_config
 
     clock = Clock()
 
-    class Gated(server_command.FederatedRun):
+    class Gated(FederatedRun):
         def rounds(self) -> Iterator[Any]:
             earlier = self.listen
 

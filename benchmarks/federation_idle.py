@@ -61,7 +61,7 @@ def measure(load: Load, folder: Path, say: Callable[[str], None]) -> list[dict[s
         if crowd is not None:
             crowd.end()
         federated.close()
-    row = {
+    row: dict[str, Any] = {
         "group": "idle",
         "clients": load.clients,
         "connected_s": connected_s,
@@ -70,11 +70,8 @@ def measure(load: Load, folder: Path, say: Callable[[str], None]) -> list[dict[s
         "step_with": millis(with_them),
         "step_without": millis(without),
     }
-    say(
-        f"{load.clients} idle clients: {100 * crowded['core_share']:.2f} % of a core (none: {100 * alone['core_share']:.2f} %), "
-        f"{(crowded['resident_bytes'] - alone['resident_bytes']) / load.clients / 1e3:.0f} kB a client, {crowded['threads']:.0f} threads "
-        f"({alone['threads']:.0f}); on the way {row['step_with']['median_ms']:.2f} ms with them, {row['step_without']['median_ms']:.2f} without"
-    )
+    steps = f"an exchange beside its pass {row['step_with']['median_ms']:.2f} ms with them, {row['step_without']['median_ms']:.2f} without"
+    say(f"{load.clients} idle clients: {100 * crowded['core_share']:.2f} % of a core (none: {100 * alone['core_share']:.2f} %); {steps}")
     return [row]
 
 

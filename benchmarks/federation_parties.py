@@ -60,13 +60,19 @@ def free_port() -> int:
         return int(one.getsockname()[1])
 
 
+def surroundings() -> dict[str, str]:
+    """The environment of a party: the packages of this checkout, whichever is installed."""
+    places = f"{ROOT / 'src'}{os.pathsep}{ROOT}"
+    return {**os.environ, "PYTHONPATH": places, "HF_HUB_OFFLINE": "1", "NO_COLOR": "1", "GRPC_VERBOSITY": "ERROR"}
+
+
 class Party:
     """A command of splitft as a process of its own; ended by its own id."""
 
     def __init__(self, arguments: Sequence[str], log: Path, environment: Mapping[str, str] | None = None, nice: int = 0) -> None:
         self.log = log
         log.parent.mkdir(parents=True, exist_ok=True)
-        given = {**os.environ, "HF_HUB_OFFLINE": "1", "NO_COLOR": "1", "COLUMNS": "200", "PYTHONUNBUFFERED": "1", **(environment or {})}
+        given = {**surroundings(), "COLUMNS": "200", "PYTHONUNBUFFERED": "1", **(environment or {})}
         command = [*(["nice", "-n", str(nice)] if nice else []), sys.executable, "-m", "splitft", *arguments]
         with log.open("ab") as stream:
             self.process = subprocess.Popen(command, stdout=stream, stderr=stream, stdin=subprocess.DEVNULL, env=given, cwd=ROOT)

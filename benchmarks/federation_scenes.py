@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import queue
 import subprocess
 import sys
@@ -25,7 +24,7 @@ class Child:
     def __init__(self, given: Mapping[str, Any], log: Path) -> None:
         self.log = log
         command = [sys.executable, "-m", "benchmarks.federation_child", json.dumps(given)]
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "NO_COLOR": "1", "OMP_NUM_THREADS": str(given.get("threads", 1))}
+        environment = {**parties.surroundings(), "OMP_NUM_THREADS": str(given.get("threads", 1))}
         with log.open("ab") as stream:
             self.process = subprocess.Popen(
                 command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stream, text=True

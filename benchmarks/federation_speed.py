@@ -102,9 +102,8 @@ def contest(
         rows.append(row)
     rows[0]["idle_bytes"] = begun["resident_bytes"]
     said = ", ".join(f"{row['way']} {row['tokens_per_s']:,.0f} tokens/s, {row['peak_bytes'] / 1e6:,.0f} MB" for row in rows)
-    say(
-        f"{clients} clients, {mode}: {said}; {rows[0]['speed_to_workers']:.2f} of workers, {rows[0]['work_to_workers']:.2f} of its processor time"
-    )
+    ratios = f"{rows[0]['speed_to_workers']:.2f} of workers' speed, {rows[0]['work_to_workers']:.2f} of their processor time"
+    say(f"{clients} clients, {mode}: {said}; {ratios}")
     return rows
 
 

@@ -32,6 +32,7 @@ TITLES = {
     "codecs": "Codecs at the cut",
     "floors": "Time over the floor",
     "startup": "Start-up",
+    "federation": "The federation on a network",
 }
 Rows = list[dict[str, Any]]
 

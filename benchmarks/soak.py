@@ -76,10 +76,9 @@ class Soak:
     back_at: dict[int, float] = field(default_factory=dict)
     calm_at: dict[int, float] = field(default_factory=dict)
     done: set[str] = field(default_factory=set)
-    deeds: list[dict[str, Any]] = field(default_factory=list)
     before_s: float = 0.0
     next_deed_s: float = 90.0
-    unexpected: list[str] = field(default_factory=list)
+    server_at_s: float = 0.0
 
     def prepare(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -190,7 +189,10 @@ class Soak:
                 self.start_client(client)
                 self.note("client is back", client=client)
         if self.server is not None and not self.server.running:
+            if self.elapsed_s < self.server_at_s:
+                return
             self.note("server ended unexpectedly", code=self.server.process.returncode, text=self.server.text()[-400:])
+            self.server_at_s = self.elapsed_s + 30.0
             self.start_server()
 
     # -- sampling
@@ -279,6 +281,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
         write_report(chosen.folder, chosen.report)
         return
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the parties end with it
     Soak(chosen.folder.resolve(), chosen.minutes, chosen.nice).run()
 
 

@@ -16,6 +16,7 @@ WORDS = {
     "config_checks",
     "config_fields",
     "config_federation",
+    "config_secure",
     "config_values",
     "waits",
     "toml",
@@ -30,7 +31,8 @@ SEAM_BASES = {
 }
 MAY_IMPORT = dict.fromkeys(WORDS, WORDS) | {
     "models": WORDS,
-    "compress": WORDS,
+    "privacy": WORDS,  # arithmetic of promises and secret noise: plain numbers
+    "compress": WORDS | {"privacy"},
     "control": WORDS,
     "data": WORDS,
     "products": WORDS,
@@ -42,11 +44,12 @@ MAY_IMPORT = dict.fromkeys(WORDS, WORDS) | {
     "peft_format": WORDS | {"lora", "models.base"},
     "selfcheck": WORDS | {"models", "split", "lora"},
     "lowrank": WORDS | {"lora"},
-    "aggregate": WORDS | {"lora", "lowrank"},
+    "aggregate": WORDS | {"lora", "lowrank", "privacy"},
     "adapt": WORDS | {"compress.base"},
     "ranks": WORDS | {"lora", "lowrank", "adapt.cost"},
     "sync": WORDS,
     "work": WORDS,
+    "secure": WORDS,
     "transport": WORDS,  # it is handed a handler and never sees the engine
     # Cost, schedule, fleets, oscillation and batch order are shared arithmetic, not methods to choose from.
     "engine": WORDS
@@ -62,11 +65,14 @@ MAY_IMPORT = dict.fromkeys(WORDS, WORDS) | {
         "lowrank",
         "loss",
         "optimizer",
+        "secure",
         "wire",
     },
 }
 # A real federation: the engine's two ends over a network. It is handed built components and knows no catalogue and no command line.
 MAY_IMPORT["deploy"] = set(MAY_IMPORT) | {"__version__"}
+# The leakage audit: it is handed a built run and attacks it, and knows no catalogue and no command line.
+MAY_IMPORT["audit"] = set(MAY_IMPORT)
 MAY_IMPORT_ANYTHING = {"apps", "catalog", "__init__", "__main__"}
 
 

@@ -26,6 +26,7 @@ from splitft.aggregate.freeze_a import FreezeA
 from splitft.aggregate.krum import Krum
 from splitft.aggregate.median import Median
 from splitft.aggregate.norm_clip import NormClip
+from splitft.aggregate.private import Private
 from splitft.aggregate.product import Product
 from splitft.aggregate.residual import Residual
 from splitft.aggregate.segments import Segments
@@ -39,6 +40,7 @@ from splitft.compress.error_bounded import ErrorBounded
 from splitft.compress.feedback import Feedback
 from splitft.compress.identity import Identity
 from splitft.compress.lowrank import LowRank
+from splitft.compress.noise import Noise
 from splitft.compress.projection import Projection
 from splitft.compress.quantize import Quantize
 from splitft.compress.randk import RandK
@@ -104,6 +106,7 @@ CODECS: Mapping[str, type[Codec]] = {
     "projection": Projection,
     "feedback": Feedback,
     "entropy": Entropy,
+    "noise": Noise,
 }
 CONTROLLERS: Mapping[str, type[Controller]] = {
     "fixed": FixedDial,
@@ -148,6 +151,7 @@ AGGREGATORS: Mapping[str, type[Aggregator]] = {
     "norm_clip": NormClip,
     "krum": Krum,
     "segments": Segments,
+    "private": Private,
 }
 TRANSPORTS: Mapping[str, type[Transport]] = {
     "inproc": InProcess,

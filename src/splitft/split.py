@@ -305,10 +305,11 @@ class SplitModel(nn.Module):
         finally:
             self.holder.route = None
 
-    def run(self, route: Route, ids: Tensor | None, mask: Tensor | None) -> Tensor:
+    def run(self, route: Route, ids: Tensor | None, mask: Tensor | None, cache: Any = None) -> Tensor:
         """One pass: token ids [rows t] (or None when every row enters by `route.entries`) to the hidden state where the route ends.
 
-        `mask` [rows t] is 1 for tokens, 0 for padding; None when there is no padding.
+        `mask` [rows t] is 1 for tokens, 0 for padding; None when there is no padding. `cache`: one of transformers' key-value caches, which
+        holds the tokens before these and takes them up.
         """
         assert route.last is None or route.last < self.blocks, (route.last, self.blocks)
         inputs: dict[str, Tensor] = {}
@@ -321,7 +322,7 @@ class SplitModel(nn.Module):
             inputs["attention_mask"] = mask
         with self._routed(route):
             try:
-                self.model(use_cache=False, **inputs)
+                self.model(use_cache=cache is not None, **({} if cache is None else {"past_key_values": cache}), **inputs)
             except EarlyExit as stop:
                 return stop.hidden
         raise AssertionError("the pass did not end at its exit")

@@ -103,14 +103,15 @@ PLACES = ("up activations", "down gradients", "down activations", "up gradients"
 
 
 def open_streams(
-    codecs: Sequence[Codec], seed: int, client: int, round_index: int, ends: Mapping[str, Ends] | None = None
+    codecs: Sequence[Codec], seed: int, client: int, round_index: int, ends: Mapping[str, Ends] | None = None, secret: int = 0
 ) -> tuple[Stream, Stream, Stream, Stream]:
     """The four tensors of a client's step, in the order of PLACES: at the cut up and down, at a U-shape's exit down and up. `ends` are what
-    is left of the streams of the round before, by place."""
+    is left of the streams of the round before, by place. What goes up draws its random numbers from `secret`, where that is not 0."""
     known = ends or {}
     made = zip(codecs, PLACES, strict=True)
     up, down, exit_down, exit_up = (
-        Stream.open(codec, StreamName(seed, client, round_index, place), known.get(place)) for codec, place in made
+        Stream.open(codec, StreamName(secret if secret and place.startswith("up") else seed, client, round_index, place), known.get(place))
+        for codec, place in made
     )
     return up, down, exit_down, exit_up
 

@@ -7,19 +7,20 @@ from __future__ import annotations
 
 import itertools
 import math
+from functools import lru_cache
 
 import pytest
 import torch
 from torch import Tensor
 
-from splitft.aggregate.base import Aggregator, Merged, Updates
+from splitft.aggregate.base import Aggregator, Merged, State, Updates
 from splitft.aggregate.wrapper import least_participants
 from splitft.errors import AdapterError
 from splitft.lora import Layout
 from splitft.rng import torch_stream
 from splitft.types import Key
 
-from .variants import AGGREGATOR_VARIANTS, OWN_STEP, UNWEIGHTED, Variant, names_inside
+from .variants import AGGREGATOR_VARIANTS, OWN_STEP, UNWEIGHTED, Variant, names_inside, noisy
 
 LAYOUT = Layout.of({Key(block, name): (6, 8) for block in range(3) for name in ("q", "v")}, 2, 2.0)
 every_aggregator = pytest.mark.parametrize("variant", AGGREGATOR_VARIANTS, ids=repr)
@@ -60,8 +61,14 @@ def effect(merged: Merged) -> Tensor:
     return product(merged.adapters) + torch.cat(parts)
 
 
+@lru_cache(maxsize=4)
+def start_state(rule: Aggregator) -> State:
+    """One and the same state for all merges of a test: a private rule's has a key of its own, which nobody else draws again."""
+    return rule.init(LAYOUT)
+
+
 def merge(rule: Aggregator, before: Tensor, given: Updates) -> Tensor:
-    return effect(rule.merge(before, given, rule.init(LAYOUT)))
+    return effect(rule.merge(before, given, start_state(rule)))
 
 
 def close(found: Tensor, wanted: Tensor) -> None:
@@ -72,14 +79,14 @@ def cohort(rule: Aggregator, at_least: int) -> int:
     return max(at_least, least_participants(rule))
 
 
-@every_aggregator
+@of(lambda rule: not noisy(rule))
 def test_clients_that_did_not_move_leave_everything_as_it_was(variant: Variant) -> None:
     rule, row = variant.build(), drawn(1)[0]
     count = cohort(rule, 1)
     close(merge(rule, row, updates(rule, row, list(range(1, count + 1)), row.expand(count, -1))), product(row))
 
 
-@of(lambda rule: not names_inside(rule) & OWN_STEP)
+@of(lambda rule: not names_inside(rule) & OWN_STEP and not noisy(rule))
 @pytest.mark.parametrize("count", [1, 3])
 def test_equal_updates_are_taken_over(variant: Variant, count: int) -> None:
     rule, before = variant.build(), drawn(1)[0]
@@ -187,7 +194,7 @@ def test_only_a_rule_that_says_so_folds_and_what_nobody_trains_stays(variant: Va
         assert torch.equal(merged.adapters[~trained], before[~trained])
 
 
-@of(lambda rule: not names_inside(rule) & OWN_STEP)
+@of(lambda rule: not names_inside(rule) & OWN_STEP and not noisy(rule))
 def test_updates_on_one_line_give_a_result_between_them(variant: Variant) -> None:
     """A common, B = B0 + t B1: then every sensible mean of the products is between the outermost in every coordinate."""
     rule, before = variant.build(), drawn(1, 1)[0]
@@ -235,7 +242,7 @@ def test_unequal_ranks_keep_the_laws_of_order_and_weight(variant: Variant) -> No
     close(merge(rule, before, turned), wanted)
 
 
-@of(lambda rule: rule.unequal_ranks and not names_inside(rule) & OWN_STEP)
+@of(lambda rule: rule.unequal_ranks and not names_inside(rule) & OWN_STEP and not noisy(rule))
 def test_equal_updates_of_a_small_rank_are_taken_over(variant: Variant) -> None:
     rule, before = variant.build(), drawn(1)[0]
     count, ranks = cohort(rule, 3), torch.ones(6, dtype=torch.long)

@@ -19,9 +19,9 @@ from .variants import ALL_CODEC_VARIANTS, CODEC_VARIANTS, ERROR_BOUNDS, Variant
 
 SHAPES = [(2, 5, 32), (3, 7, 33), (2, 1, 2, 9), (1, 1, 1), (1, 1, 48), (6, 17), (0, 16), (2, 0, 8), (4, 0), (9,), ()]
 # No bound can hold element by element: what is dropped, skipped or projected is not known before.
-UNBOUNDED = {"randk", "residual", "temporal", "lowrank", "projection", "feedback"}
+UNBOUNDED = {"randk", "residual", "temporal", "lowrank", "projection", "feedback", "noise"}
 # Over a codec of fixed rate these have one too.
-FIXED_OVER = {"topk", "randk", "feedback", "residual"}
+FIXED_OVER = {"topk", "randk", "feedback", "residual", "noise"}
 every_codec = pytest.mark.parametrize("variant", ALL_CODEC_VARIANTS, ids=repr)
 BOUNDED = [variant for variant in ALL_CODEC_VARIANTS if variant.build().error_bound(torch.ones(1, 2)) is not None]
 every_bound = pytest.mark.parametrize("variant", BOUNDED, ids=repr)

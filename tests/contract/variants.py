@@ -36,6 +36,7 @@ CODEC_FIELDS: dict[str, list[dict[str, Any]]] = {
     "projection": [{"basis": "random"}, {"dimensions": 3, "inner": "cast"}],
     "feedback": [{"decay": 0.5, "cache_mb": 0.0003, "cache_dtype": "bfloat16"}],
     "entropy": [{"level": 3, "item_bytes": 3}],
+    "noise": [{"clip": 2.0, "multiple": 0.5}, {"clip": 1.0, "inner": {"name": "quantize", "rounding": "stochastic"}}],
 }
 # Codecs over codecs, up to four deep, beside those that the tables give by themselves (see `_composed`).
 CODEC_TOWERS: list[tuple[str, dict[str, Any]]] = [
@@ -64,7 +65,7 @@ AGGREGATOR_FIELDS: dict[str, list[dict[str, Any]]] = {
     "zero_pad": [{"weights": "norm"}],
     "fed_avgm": [{"rule": "norm_clip", "momentum": 0.0}, {"rule": {"name": "segments", "count": 3}}, {"rule": "product"}],
     "fed_adam": [{"rule": {"name": "fed_avgm", "rule": "median"}}],
-    "fed_yogi": [{"rule": "freeze_a"}],
+    "fed_yogi": [{"rule": "freeze_a"}, {"rule": {"name": "private", "secret_seed": 1}}],
     "median": [{"rule": {"name": "segments", "count": 4}}, {"rule": "product"}, {"rule": "stack"}],
     "trimmed_mean": [{"share": 0.0}, {"share": 0.4, "rule": "norm_clip"}, {"rule": "freeze_a"}],
     "norm_clip": [{"limit": 1000.0}, {"rule": "stack"}, {"rule": {"name": "product", "partitioned": True}}, {"rule": "zero_pad"}],
@@ -74,12 +75,22 @@ AGGREGATOR_FIELDS: dict[str, list[dict[str, Any]]] = {
         {"count": 5, "rule": {"name": "fed_avgm", "rule": "norm_clip"}},
         {"rule": {"name": "median", "rule": "stack"}},
     ],
+    "private": [
+        {"noise_multiplier": 0.0, "clip": 1e6, "rate": 0.0},
+        {"noise_multiplier": 0.0, "clip": 1e6, "rate": 0.0, "rule": "average"},
+        {"epsilon": 3.0, "rounds": 9, "rule": "average", "unit": "absent", "drawn_share": 0.2, "secret_seed": 5},
+    ],
 }
 SYNCHRONISATION_FIELDS: dict[str, list[dict[str, Any]]] = {"drift": [{"exact": True}, {"max_rounds": 3, "rows": 1, "width": 7, "seed": 5}]}
 
 # Laws that are not true of an aggregation rule, nor of a rule over it: token counts do not weigh; the first step has its own length.
-UNWEIGHTED = {"median", "trimmed_mean", "krum"}
+UNWEIGHTED = {"median", "trimmed_mean", "krum", "private"}
 OWN_STEP = {"fed_adam", "fed_yogi"}
+
+
+def noisy(rule: Any) -> bool:
+    """Whether a rule, or one inside it, adds noise or holds clients to a fixed length: then nothing is taken over as it is."""
+    return getattr(rule, "noise_multiplier", 0.0) > 0 or (hasattr(rule, "rule") and noisy(rule.rule))
 
 
 def names_inside(rule: Any) -> set[str]:
@@ -123,8 +134,8 @@ def _composed() -> list[Variant]:
     """Every codec inside each wrapper of the catalogue that takes it and is named here; a new codec is among them by its name alone."""
     found = [Variant("uplink", name, fields) for name, fields in CODEC_TOWERS]
     for inner in CODECS:
-        mirrored = Variant("uplink", inner, {}).build().mirrored
-        outers = ("entropy", "residual", "feedback", "lowrank") if mirrored else ("entropy",)
+        one = Variant("uplink", inner, {}).build()
+        outers = ("entropy", "residual", "feedback", "lowrank") if one.mirrored and not one.outermost else ("entropy",)
         found += [Variant("uplink", outer, {"inner": INSIDE.get((outer, inner), inner)}) for outer in outers]
     return found
 

@@ -1,7 +1,7 @@
 """Peers that say what they like: clients whose messages are bent on their way out, clients that never compute, servers that lie.
 
-`Bent` is the link of an honest client whose messages pass a function first. `Liar` speaks the session protocol and nothing else. `Raw` speaks
-chunks, or bytes that are none. `lying` makes a real server say something else than it means.
+`Bent` is the link of an honest client whose messages pass a function first. `Liar` speaks the session protocol and nothing else.
+`Raw` speaks chunks, or bytes that are none. `lying` makes a real server say something else than it means.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ import pytest
 from hypothesis.strategies import SearchStrategy
 
 from splitft.deploy.host import OFFERED
-from splitft.deploy.letters import PROTOCOL_MAJOR, PROTOCOL_MINOR, Hello, Letter, Open, Opened, Ready, Welcome, pack, read
+from splitft.deploy.letters import PROTOCOL_MAJOR, PROTOCOL_MINOR, Letter, Open, Opened, Ready, Welcome, pack, read
+from splitft.deploy.letters import Refused as RefusedLetter
 from splitft.messages import Frame, Type, decode
 from splitft.transport import framing
 from splitft.transport.link import Link
@@ -32,6 +33,8 @@ from .federation_scenes import QUICK, Scene
 
 PATH = "/splitft.Federation/Session"
 MIB = 1 << 20
+# How long a liar waits for the answer to a frame: one of another round has none.
+ANSWER_S = 0.15
 Said = tuple[int, bytes]
 Tamper = Callable[[int, bytes], Iterable[Said]]
 Lie = Callable[[int], Said]
@@ -97,6 +100,7 @@ class Liar(threading.Thread):
         super().__init__(daemon=True)
         self.link = Link(f"127.0.0.1:{port}", tls, lambda: hello(name), Limits(), QUICK)
         self.scripts, self.ready, self.told, self.heard, self.said = scripts, ready, 0, list[tuple[int, bytes]](), list[Said]()
+        self.ahead: list[Message] = []
         self.end: Refused | None = None
         self.leaving = threading.Event()
         self.link.open(10.0)
@@ -105,7 +109,7 @@ class Liar(threading.Thread):
     def run(self) -> None:
         try:
             while not self.leaving.is_set():
-                message = self.link.receive(0.1)
+                message = self.ahead.pop() if self.ahead else self.link.receive(0.1)
                 if message is None:
                     continue
                 message.release()
@@ -122,16 +126,29 @@ class Liar(threading.Thread):
 
     def answer(self, opened: Open) -> None:
         self.link.send(Letter.OPENED, pack(Opened(opened.round)))
+        refused = False
         for lie in self.scripts[self.told % len(self.scripts)] if self.scripts else ():
             kind, payload = lie(opened.round)
             self.said.append((kind, payload))
             self.link.send(kind, payload)
+            if kind == Letter.FRAME and not refused:
+                refused = self.answered()
         self.told += 1
 
-    def refusals(self) -> list[str]:
-        from splitft.deploy.letters import Refused as Letter_
+    def answered(self) -> bool:
+        """Wait a moment for what the server makes of a frame, which what follows would else push aside; whether it was refused."""
+        message = self.link.receive(ANSWER_S)
+        if message is None:
+            return False
+        if message.kind in (Letter.OPEN, Letter.FINISHED):
+            self.ahead.append(message)
+            return True
+        message.release()
+        self.heard.append((message.kind, bytes(message.payload[:4000])))
+        return message.kind == Letter.REFUSED
 
-        return [read(Letter_, payload).text for kind, payload in self.heard if kind == Letter.REFUSED]
+    def refusals(self) -> list[str]:
+        return [read(RefusedLetter, payload).text for kind, payload in self.heard if kind == Letter.REFUSED]
 
     def leave(self) -> None:
         self.leaving.set()
@@ -258,6 +275,3 @@ def collected(strategy: SearchStrategy[Any], count: int) -> list[Any]:
 
     collect()
     return found[:count]
-
-
-__all__ = ["Hello"]

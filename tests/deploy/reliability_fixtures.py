@@ -27,6 +27,10 @@ class Undisturbed:
     adapters: torch.Tensor
     seconds: float
 
+    @classmethod
+    def of(cls, made: Federation, seconds: float = 0.0) -> Undisturbed:
+        return cls(fingerprint(made), adapter_bytes(made), adapters_of(made.run), seconds)
+
     def must_equal(self, made: Federation) -> None:
         """Bit for bit: adapters, moments, clients' snapshots, losses of every step that the journal keeps."""
         found = fingerprint(made)
@@ -95,7 +99,7 @@ def undisturbed(nursery: Nursery, ground: Ground, tmp_path_factory: pytest.TempP
         reference = simulated(folder)
         assert torch.equal(adapters_of(made.run), adapters_of(reference))
         seconds = json.loads((made.run / "summary.json").read_text())["wall_s"] if (made.run / "summary.json").exists() else 2.0
-        return Undisturbed(fingerprint(made), adapter_bytes(made), adapters_of(made.run), seconds)
+        return Undisturbed.of(made, seconds)
 
 
 __all__ = ["Gates", "Undisturbed", "absent_in", "ground", "nursery", "undisturbed", "without"]

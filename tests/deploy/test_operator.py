@@ -86,7 +86,7 @@ def test_a_client_revoked_in_a_round_does_not_hold_it_up(tmp_path: Path) -> None
         wait_for(lambda: events_of(made.run.folder), 20)
         [first] = events_of(made.run.folder)[:1]
         assert {one["client"]: one["status"] for one in first["clients"]} == {0: "done", 1: "lost"}
-        assert b"splitft_round_seconds_count 1.0" in made.house.metrics.text()
+        wait_for(lambda: b"splitft_round_seconds_count 1.0" in made.house.metrics.text(), 20)
         assert torch.isfinite(made.run.engine.state.adapters).all()
 
 

@@ -136,7 +136,7 @@ def test_a_straggler_at_the_deadline(late: str, ground: Ground, tmp_path: Path, 
         "rounds": 2,
         "clients": {"minimum": 2, "deadline_s": 1.0, "quorum": 0.6, "late": late},
         "train": {"local_steps": 40},
-        "federation": {"grace_s": 10.0},
+        "federation": {"grace_s": 10.0, "join_s": 10.0},
     }
     original = Client.round
 

@@ -67,6 +67,20 @@ def test_a_silent_cut_in_both_directions(ground: Ground, undisturbed: Undisturbe
     each_step_once(folder)
 
 
+def test_a_hasty_server_hears_from_a_calm_client(ground: Ground, tmp_path: Path) -> None:
+    """The server loses patience after a second, the client speaks every five by itself: it answers beats, so an idle connection stands."""
+    ground.copy_to(tmp_path)
+    with scene(tmp_path, federation={"heartbeat_s": 0.1, "liveness_s": 0.8}) as fed:
+        fed.client(0, timing=Timing())
+        wait_for(lambda: 0 in fed.house.host.seats and fed.house.host.seats[0].ready is not None)
+        session = fed.house.host.seats[0].session
+        assert session is not None
+        time.sleep(2.5)
+        assert session.connected
+        assert session.counts.reconnects == 0
+        assert not any("lost" in event["text"] for event in fed.house.status.snapshot()["events"])
+
+
 class Unsteady:
     """Makes pipes that lose and repeat chunks."""
 

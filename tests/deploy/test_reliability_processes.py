@@ -11,7 +11,12 @@ from typing import Any
 import pytest
 import torch
 
+from splitft.deploy.identity import Identity
+from splitft.transport.link import Link
+from splitft.transport.values import Limits, Refused, Timing
+
 from .federation_scenes import adapters_of, events_of, wait_for
+from .hostile import hello
 from .process_scenes import Ground, Nursery, federation
 from .reliability_fixtures import Undisturbed, absent_in, without
 
@@ -22,7 +27,7 @@ DEADLINE: dict[str, Any] = {"clients": {"minimum": 2, "deadline_s": 1.5, "quorum
 
 def test_a_client_that_never_returns(nursery: Nursery, ground: Ground, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rounds close at the deadline with the quorum, the journal names who is missing, and the result is that of a run without it."""
-    with federation(nursery, ground, tmp_path, federation={"liveness_s": 0.6}, **DEADLINE) as made:
+    with federation(nursery, ground, tmp_path, federation={"liveness_s": 0.6, "join_s": 3.0}, **DEADLINE) as made:
         made.serve()
         made.join_all()
         made.until_round(1)
@@ -66,10 +71,12 @@ def test_two_processes_of_one_identity(nursery: Nursery, ground: Ground, undistu
         made.join_all()
         made.until_round(1)
         first = made.clients[0]
-        second = made.join(0)
-        assert second.wait(30) == 18
-        assert "client-0 is connected already" in second.text()
-        assert "since" in second.text()
+        tls = Identity.load(tmp_path / "clients" / "client-0").tls
+        second = Link(f"127.0.0.1:{made.port}", tls, lambda: hello("client-0"), Limits(), Timing())
+        with pytest.raises(Refused, match=r"client-0 is connected already, .* since \d+ s") as caught:
+            second.open(10.0)
+        second.close()
+        assert caught.value.code == "busy"
         third = made.join(0, "--takeover")
         assert first.wait(30) == 18
         assert "taken over" in first.text()

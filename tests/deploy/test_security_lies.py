@@ -30,12 +30,15 @@ LIARS = 5
 DEEP_EACH = 2
 RUN: dict[str, Any] = {
     "rounds": 40,
-    "clients": {"minimum": 1},
+    # A liar that says it holds rows out is asked to measure them, and never answers: somebody has to say how long that is waited for.
+    "clients": {"minimum": 1, "quorum": 0.01, "deadline_s": 2.0},
     "policy": {"name": "fixed", "cuts": [1] * (LIARS + 1)},
     "train": {"local_steps": 1, "batch_size": 2, "moments": "keep", "learning_rate": 5e-3},
     "evaluate": {"every_rounds": 40, "max_rows": 2},
     "federation": {"join_s": 5.0, "strikes": 1_000_000},
 }
+
+TWO = {"name": "fixed", "cuts": [1, 1]}
 
 
 @dataclass(frozen=True)
@@ -243,7 +246,7 @@ READY_LIES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("lie", READY_LIES)
 def test_absurd_claims_at_the_beginning_hurt_nobody(setting: Setting, lie: str) -> None:
     ready = msgspec.structs.replace(READY, **READY_LIES[lie])
-    changes = merged(COMMON, {**RUN, "rounds": 2, "evaluate": {"max_rows": 2}, "federation": {"join_s": 1.0, "strikes": 5}})
+    changes = merged(COMMON, {**RUN, "rounds": 2, "evaluate": {"max_rows": 2}, "federation": {"join_s": 1.0, "strikes": 5}, "policy": TWO})
     if READY_LIES[lie].get("held_out_rows"):  # what it says it holds out it is asked to measure, and it never answers
         changes = merged(changes, {"clients": {"deadline_s": 1.0}})
     found = []
@@ -254,14 +257,16 @@ def test_absurd_claims_at_the_beginning_hurt_nobody(setting: Setting, lie: str) 
             with liars([Liar(fed.port, "a-liar", [[LAST]], ready=said)]):
                 fed.client(0)
                 folder = fed.end(30)
-                found.append(adapters_of(folder))
+            found.append(adapters_of(folder))
         assert (folder / "journal.jsonl").stat().st_size < 200_000
     assert torch.equal(*found)
 
 
 def test_a_refusal_that_nobody_is_there_to_hear(setting: Setting) -> None:
     """A bad message and a farewell in one breath: the session is over before the message is refused, which concerns nobody else."""
-    with scene(setting.folder, 2, **merged(COMMON, {**RUN, "rounds": 1, "name": "breath", "federation": {"join_s": 5.0}})) as fed:
+    with scene(
+        setting.folder, 2, **merged(COMMON, {**RUN, "rounds": 1, "name": "breath", "policy": TWO, "federation": {"join_s": 5.0}})
+    ) as fed:
         with liars([Liar(fed.port, "a-liar", [])]) as (one,):
             wait_for(lambda: 0 in fed.house.host.seats)
             listener = fed.house.listener

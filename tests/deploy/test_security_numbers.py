@@ -1,4 +1,4 @@
-"""Numbers that poison: not finite, enormous, tiny; in activations, gradients, adapters, measurements. Refused, counted, others untouched."""
+"""Numbers that poison: not finite, enormous, tiny; in activations, gradients, adapters, measurements. Refused, others untouched."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from splitft.messages import Frame, RoundEnd, ScoreEnd, Type
 
 from .federation_scenes import adapters_of, events_of, scene
 from .hostile import Said, bent, filled, in_frames
+from .process_scenes import Ground
 from .security_runs import COMMON, honest_alone, honest_first, merged
 
 pytestmark = pytest.mark.timeout(90)
@@ -31,15 +32,22 @@ PLACES: dict[str, tuple[Type, int, dict[str, Any]]] = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _place(tmp_path: Path, ground: Ground) -> None:
+    ground.copy_to(tmp_path)
+
+
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def alone(tmp_path_factory: pytest.TempPathFactory, ground: Ground) -> Any:
     """The adapters of the honest two, by the changes of a run."""
     known: dict[str, torch.Tensor] = {}
 
     def of(changes: dict[str, Any]) -> torch.Tensor:
         key = repr(changes)
         if key not in known:
-            known[key] = honest_alone(tmp_path_factory.mktemp("alone"), **changes)
+            folder = tmp_path_factory.mktemp("alone")
+            ground.copy_to(folder)
+            known[key] = honest_alone(folder, **changes)
         return known[key]
 
     return of
@@ -67,8 +75,10 @@ def test_what_is_not_finite_is_refused_three_times_and_then_its_sender(tmp_path:
     assert torch.equal(adapters_of(folder), alone(changes))
 
 
-@pytest.mark.parametrize("value", ["1e30", "denormals", "zeros"])
-@pytest.mark.parametrize("place", ["activations", "gradients", "adapters"])
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [("activations", "1e30"), ("activations", "denormals"), ("gradients", "1e30"), ("adapters", "1e30"), ("adapters", "zeros")],
+)
 def test_finite_nonsense_ends_nothing(tmp_path: Path, place: str, value: str) -> None:
     """Finite numbers are taken or refused by what they do; whatever comes of it, the run goes on and all its numbers are finite."""
     kind, width, changes = PLACES[place]
@@ -83,6 +93,28 @@ def test_finite_nonsense_ends_nothing(tmp_path: Path, place: str, value: str) ->
     for event in events_of(folder):
         honest = [one for one in event["clients"] if one["client"] != 2]
         assert [one["status"] for one in honest] == ["done", "done"], honest
+
+
+def test_enormous_numbers_do_not_cross_over_within_a_pass(tmp_path: Path, alone: Any) -> None:
+    """Sessions that share a server pass share no number: with another's 1e30 beside it a row has, but for rounding, what it has alone."""
+
+    def tamper(kind: int, payload: bytes) -> list[Said]:
+        steps = in_frames(lambda frame: filled(frame, 0, LARGE[2]), Type.STEP_UP)(kind, payload)
+        return [one for said in steps for one in in_frames(lambda frame: filled(frame, 0, NAN[4]), Type.ROUND_END)(*said)]
+
+    engine: dict[str, Any] = {
+        "engine": {"name": "workers", "threads": 1, "deterministic": False},
+        "policy": {"name": "fixed", "cuts": [1, 1, 1]},
+    }
+    changes = merged(engine, {"rounds": 2, "federation": {"join_s": 5.0, "gather_s": 0.5}})
+    with scene(tmp_path, **merged(COMMON, changes)) as fed:
+        honest_first(fed)
+        fed.client(2, link_of=bent(tamper))
+        offender, _, _ = fed.members.pop(2)
+        folder = fed.end()
+        offender.join(20)
+    assert fed.house.host.seats[2].strikes == 2
+    torch.testing.assert_close(adapters_of(folder), alone(changes), rtol=1e-3, atol=2e-4)
 
 
 def ended(frame: Frame, **fields: Any) -> bytes:
@@ -126,7 +158,7 @@ REPORT_LIES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("lie", REPORT_LIES)
 def test_a_report_of_lies_changes_no_number_of_training(tmp_path: Path, alone: Any, lie: str) -> None:
-    """The offender's training is honest, its report is not: whether it is believed or refused, the run ends with adapters of honest work."""
+    """The offender's training is honest, its report is not: believed or refused, the run ends with adapters of honest work."""
 
     def tamper(kind: int, payload: bytes) -> list[Said]:
         if kind == Letter.REPORT:
@@ -138,7 +170,7 @@ def test_a_report_of_lies_changes_no_number_of_training(tmp_path: Path, alone: A
         honest_first(fed)
         fed.client(2, link_of=bent(tamper))
         folder = fed.end()
-    with scene(tmp_path / "honest", **merged(COMMON, changes)) as fed:
+    with scene(tmp_path, **merged(COMMON, {**changes, "name": "honest"})) as fed:
         honest_first(fed, 3)
         with_it = adapters_of(fed.end())
     found = adapters_of(folder)

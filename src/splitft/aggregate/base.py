@@ -103,6 +103,7 @@ class Aggregator(ABC):
     `unequal_ranks`: clients may train at different ranks. `folds`: the rule changes the frozen weights.
     `partial_uploads`: it understands `Updates.sent`. `resets`: every merge leaves fresh adapters that clients can make themselves.
     `linear`: of whole uploads it needs nothing but their `Updates.mean`, so rows may stay where they were trained.
+    `guarded`: what it promises holds for the clients' own updates only, so no rule that changes or compares updates may stand outside it.
     """
 
     references: ClassVar[tuple[str, ...]] = ()
@@ -111,6 +112,7 @@ class Aggregator(ABC):
     partial_uploads: ClassVar[bool] = False
     resets: ClassVar[bool] = False
     linear: ClassVar[bool] = False
+    guarded: ClassVar[bool] = False
 
     @property
     def segments(self) -> int:

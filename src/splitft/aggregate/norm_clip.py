@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from splitft.aggregate.base import Merged, State, Updates, require_finite
-from splitft.aggregate.wrapper import Wrapper, require_number, with_metrics
+from splitft.aggregate.wrapper import Wrapper, require_number, starts_of, with_metrics
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class NormClip(Wrapper):
     def merge(self, before: Tensor, updates: Updates, state: State) -> Merged:
         require_finite(updates)
         heard, rows = updates.weights() > 0, range(len(updates.clients))
-        starts = self._starts(before, updates)
+        starts = starts_of(self, before, updates)
         norms = torch.stack([torch.linalg.vector_norm(_change(updates, starts, row)) for row in rows])
         limit = self.limit or float(torch.quantile(norms[heard], 0.5))
         # Where all are within the limit there is nothing to write, and the rows are left where they are.
@@ -42,16 +42,6 @@ class NormClip(Wrapper):
                 values[row] = (updates.values[row].double() - _change(updates, starts, row) * (1 - limit / norm)).float()
         figures = {"clip_limit": limit, "clipped_clients": float((norms[heard] > limit).sum())}
         return with_metrics(self.inner(before, replace(updates, values=values), state), figures)
-
-    def _starts(self, before: Tensor, updates: Updates) -> list[Tensor]:
-        """What each client started from [p]: of smaller ranks, its own truncation of the global adapter."""
-        if updates.ranks is None:
-            return [before] * len(updates.clients)
-        known: dict[tuple[int, ...], Tensor] = {}
-        for ranks in updates.ranks:
-            if (name := tuple(ranks.tolist())) not in known:
-                known[name] = self.distribute(updates.layout, before, ranks)[0]
-        return [known[tuple(ranks.tolist())] for ranks in updates.ranks]
 
 
 def _change(updates: Updates, starts: list[Tensor], row: int) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ class ServerOptimizer(Wrapper):
     Refuses a rule that folds into the frozen weights: it starts the adapter afresh, which is no gradient.
     """
 
+    hands_on_whole: ClassVar[bool] = True
     learning_rate: float = 1.0
 
     def __post_init__(self) -> None:

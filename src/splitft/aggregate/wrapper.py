@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -21,9 +22,11 @@ PREFIX = "rule."
 class Wrapper(Aggregator):
     """A rule that works over `rule`. What clients train, start from and upload, and whether weights are folded, is the inner rule's to say.
 
-    A subclass changes the updates before the inner rule sees them, or the adapter it returns; it hands on by `inner`.
+    A subclass changes the updates before the inner rule sees them, or the adapter it returns; it hands on by `inner`. `hands_on_whole`:
+    it leaves the updates as they are.
     """
 
+    hands_on_whole: ClassVar[bool] = False
     rule: Aggregator = field(default_factory=Average)
 
     def __post_init__(self) -> None:
@@ -32,7 +35,13 @@ class Wrapper(Aggregator):
                 f"aggregator.rule is {self.rule!r}; allowed is an aggregation rule.",
                 'Write rule = "average", or a table with a name and that rule\'s fields.',
             )
-        for name in ("unequal_ranks", "folds", "partial_uploads", "resets"):  # facts of a class in the seam, of an instance here
+        if self.rule.guarded and not self.hands_on_whole:
+            raise ConfigError(
+                f"aggregator.rule is {type(self.rule).__name__}, whose claim holds for clients' own updates, and "
+                f"{type(self).__name__} would change or choose them first.",
+                "put a server optimizer outside, or nothing.",
+            )
+        for name in ("unequal_ranks", "folds", "partial_uploads", "resets", "guarded"):  # facts of a class in the seam, of an instance here
             object.__setattr__(self, name, getattr(self.rule, name))
 
     @property
@@ -64,6 +73,17 @@ class Wrapper(Aggregator):
             before, updates, {name.removeprefix(PREFIX): tensor for name, tensor in state.items() if name.startswith(PREFIX)}
         )
         return replace(merged, state=self.joined(own, merged.state))
+
+
+def starts_of(rule: Aggregator, before: Tensor, updates: Updates) -> list[Tensor]:
+    """What each client started from [p]: of smaller ranks, its own share of the global adapter as the rule distributes it."""
+    if updates.ranks is None:
+        return [before] * len(updates.clients)
+    known: dict[tuple[int, ...], Tensor] = {}
+    for ranks in updates.ranks:
+        if (name := tuple(ranks.tolist())) not in known:
+            known[name] = rule.distribute(updates.layout, before, ranks)[0]
+    return [known[tuple(ranks.tolist())] for ranks in updates.ranks]
 
 
 def require_number(name: str, value: object, allowed: str, fits: Callable[[float], bool], remedy: str) -> None:

@@ -217,6 +217,8 @@ def assemble(config: RunConfig, on_stage: OnStage = lambda name: None, folder: P
 
     `folder` is the run's, where it may keep scratch files; without one, what clients keep is in memory, the old beside the new.
     """
+    from splitft.apps.privacy_setup import settle
+
     components = build_components(config)
     require_engine(config)
     on_stage("check the model")
@@ -227,21 +229,11 @@ def assemble(config: RunConfig, on_stage: OnStage = lambda name: None, folder: P
             'set model.dtype = "float32".',
         )
     on_stage("read the data")
-    data = federate(
-        components.source.documents(),
-        base.tokenizer,
-        components.partition,
-        config.clients.count,
-        config.seed,
-        config.tokens.packing,
-        config.tokens.block_tokens,
-        config.tokens.held_out,
-        config.tokens.common_held_out,
-        vocabulary=int(base.config.get_text_config().vocab_size),
-    )
+    data = read_data(config, components, base)
     on_stage("load the model")
     split, shape, _ = load_split(config, base)
     layout, start = start_adapter(config, split)
+    components = settle(config, components, layout, len(data.clients))
     settings = train_settings(config, components)
     orders = tuple(BatchOrder(len(one.train), settings.batch_size, config.seed, one.client) for one in data.clients)
     trained = components.aggregator.trained(layout)
@@ -270,6 +262,22 @@ def assemble(config: RunConfig, on_stage: OnStage = lambda name: None, folder: P
         start,
         identity_of(config, split, data, layout),
         close,
+    )
+
+
+def read_data(config: RunConfig, components: Components, base: Base) -> FederatedData:
+    """All clients' rows. Raises DataError."""
+    return federate(
+        components.source.documents(),
+        base.tokenizer,
+        components.partition,
+        config.clients.count,
+        config.seed,
+        config.tokens.packing,
+        config.tokens.block_tokens,
+        config.tokens.held_out,
+        config.tokens.common_held_out,
+        vocabulary=int(base.config.get_text_config().vocab_size),
     )
 
 

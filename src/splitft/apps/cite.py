@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from splitft.apps import papers, papers_traffic
+from splitft.apps import papers, papers_privacy, papers_traffic
 from splitft.apps.papers import Reference
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 Catalogue = Mapping[str, Mapping[str, type]]
 
-REFERENCES: Mapping[str, Reference] = {paper.arxiv: paper for paper in (*papers.PAPERS, *papers_traffic.PAPERS)}
+REFERENCES: Mapping[str, Reference] = {paper.arxiv: paper for paper in (*papers.PAPERS, *papers_traffic.PAPERS, *papers_privacy.PAPERS)}
 # What every run rests on; the rest is named by the components, or follows from fields that are no component.
 ALWAYS = ("2604.26388", "2106.09685", "2004.12088", "2407.00952", "1711.05101")
 SEAMS = (

@@ -41,6 +41,7 @@ from splitft.errors import (
     VersionError,
 )
 from splitft.transport.link import Link
+from splitft.transport.tls import ClientTls, refuse_plain_text
 from splitft.transport.values import Limits, Refused, Timing
 from splitft.waits import Waits
 
@@ -57,6 +58,8 @@ REFUSALS: dict[str, type[FederationError]] = {
 BY_FILE = "by-file"
 # Of refusals, those that pass: the client tries again.
 PASSING = ("draining", "full")
+# The server may still hold the connection of this client's own former life, cut off without a word, until it has been silent for a while.
+BUSY, BUSY_S = "busy", 30.0
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,8 @@ def join(options: ClientOptions) -> Finished:
     address = options.server or (identity.server if identity is not None else "")
     if not address:
         raise ConfigError("no server is named, and the identity folder knows none.", "give --server HOST:PORT.")
+    if identity is None:
+        refuse_plain_text(address)  # before the first byte leaves
     with ExitStack() as stack:
         stopping = stack.enter_context(Stopping(0.0, show).heard())
         asked = stopping.asked
@@ -114,23 +119,44 @@ def join(options: ClientOptions) -> Finished:
         )
         hello = pack(Hello(PROTOCOL_MAJOR, PROTOCOL_MINOR, __version__, name, options.takeover, list(OFFERED)))
         waits = Waits()
-        tls = None if identity is None else identity.tls
-        if tls is not None and policy.server_fingerprint:
-            tls = replace(tls, root_pem=shown)  # gRPC, too, then believes nobody else
-        link = Link(address, tls, lambda: hello, Limits(), Timing(), show.connection, waits)
+        link = Link(address, _tls_of(identity, policy, shown), lambda: hello, Limits(), Timing(), show.connection, waits)
         stack.callback(link.close)
         knock = partial(_look, address, identity, policy)
-        member = Member(link, workshop, options.identity / "state", show.listen, asked, waits, options.window, knock)
+        member = Member(link, workshop, options.identity / "state", show.listen, asked, waits, options.window, knock, options.wait_s)
+        patient_until_s = 0.0
         while True:
             try:
                 return member.run()
             except Interrupted as stop:
                 raise stopping.as_asked(stop) from stop
             except Refused as refused:
-                if refused.code not in PASSING:
+                if refused.code == "roster" and (newer := _renewed(identity)) is not None:
+                    identity = newer  # enrolled again meanwhile: the new certificate is the one that counts
+                    link.renew(_tls_of(identity, policy, shown))
+                    continue
+                if refused.code == BUSY:
+                    patient_until_s = patient_until_s or monotonic_s() + BUSY_S
+                if refused.code not in PASSING and not (refused.code == BUSY and monotonic_s() < patient_until_s):
                     raise REFUSALS.get(refused.code, FederationError)(refused.text, refused.remedy) from refused
                 show(f"{refused.text} trying again")
                 _wait(5.0, asked)
+
+
+def _tls_of(identity: Identity | None, policy: ClientPolicy, shown: bytes) -> ClientTls | None:
+    """What this client shows and trusts; with a pinned server, that server's certificate alone."""
+    if identity is None:
+        return None
+    return replace(identity.tls, root_pem=shown) if policy.server_fingerprint else identity.tls
+
+
+def _renewed(identity: Identity | None) -> Identity | None:
+    """The identity in the folder, if it is another one than that in use."""
+    if identity is None:
+        return None
+    with suppress(IdentityError):
+        newer = Identity.load(identity.folder)
+        return newer if newer.fingerprint != identity.fingerprint else None
+    return None
 
 
 def fingerprint_of(certificate: bytes) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,13 @@ from splitft.apps.assemble import build_components, choose_device, start_adapter
 from splitft.apps.capacity import SHARE, available_bytes
 from splitft.apps.executors import in_slots
 from splitft.apps.server_setup import SHARED_SECTIONS
+from splitft.compress.noise import noise_in
 from splitft.config import RunConfig, parse_config
 from splitft.data.base import ClientData, Source
 from splitft.data.federate import own_share
 from splitft.data.order import BatchOrder
 from splitft.deploy.cache import ModelCache
-from splitft.deploy.disk import write_atomically
+from splitft.deploy.disk import read_private, write_atomically, write_private
 from splitft.deploy.letters import MAX_LETTER_BYTES, Finished, PartInfo, Ready, Welcome
 from splitft.deploy.parts import check_table, verify_local, wanted_parts
 from splitft.deploy.policy import ClientPolicy, check_adapters, check_gradient, check_round, check_score, check_welcome
@@ -31,6 +33,7 @@ from splitft.messages import RoundStart, ScoreStart
 from splitft.models.anatomy import block_count
 from splitft.models.attention import NAME, build_with, register, suited
 from splitft.models.load import BUILDING, causal_class, load_model, load_model_config, load_tokenizer
+from splitft.rng import fresh_bytes
 from splitft.selfcheck import inspect_family
 from splitft.split import SplitModel
 
@@ -39,6 +42,9 @@ Say = Callable[[str, dict[str, Any]], None]
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 ADAPTER_LIMIT_BYTES = 4 << 30
 MB = 1_000_000
+# Beside the adapter: the memory that was measured at the first start; remove it to have it measured again.
+MEMORY_FILE = "memory_bytes"
+NOISE_KEY_FILE, NOISE_KEY_BYTES = "noise.key", 32
 
 
 @dataclass
@@ -86,6 +92,9 @@ class ClientWorkshop:
         self.anatomy = inspect_family(self.base, str(self.folder), self.attention, config.model.self_check)
         self.components = build_components(config)
         self.settings = train_settings(config, self.components)
+        if any(noise_in(codec) is not None for codec in self.settings.codecs):
+            # Drawn from the run's seed, which the server knows, it could be taken off again.
+            self.settings = replace(self.settings, secret=int.from_bytes(self._noise_key(), "big"))
         self.vocabulary = int(self.base.get_text_config().vocab_size)
         tokenizer = load_tokenizer(str(self.folder))
         self.say("reading", {})
@@ -118,12 +127,23 @@ class ClientWorkshop:
     def _on_cpu_sdpa(self) -> bool:
         return self.device.type == "cpu" and self.config.model.attention == "sdpa"
 
+    def _noise_key(self) -> bytes:
+        """This client's own key for noise; kept, so that a round that is done again sends the same noise and not another sample of it."""
+        path = self.adapter_folder.with_name(NOISE_KEY_FILE)
+        if not path.is_file():
+            write_private(path, fresh_bytes(NOISE_KEY_BYTES))
+        return read_private(path, NOISE_KEY_BYTES, "the key of this client's noise")
+
     def _memory_bytes(self) -> int:
+        """What is offered to the server. Measured once and kept, so that a client that is started again is given the same plans."""
         if self.memory_mb or self.policy.maximum_memory_mb:
             return min(one for one in (self.memory_mb, self.policy.maximum_memory_mb) if one) * MB
-        if self.device.type == "cuda":
-            return int(torch.cuda.mem_get_info(self.device)[0])
-        return int(SHARE * available_bytes())
+        kept = self.adapter_folder.with_name(MEMORY_FILE)
+        with suppress(OSError, ValueError):
+            return int(kept.read_text(encoding="utf-8"))
+        free = torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else SHARE * available_bytes()
+        write_atomically(kept, f"{int(free)}\n".encode())
+        return int(free)
 
     def _provide(self, wanted: Sequence[str], fetch: FetchBytes) -> Path:
         """The folder with these parts of the model, from the client's own checkpoint if it has one, else from cache and server."""
@@ -192,13 +212,19 @@ class ClientWorkshop:
             "rank": start.rank > max(entry.rank for entry in self.layout.entries),
             "clip_norm": start.clip_norm != train.clip_norm,
             "rates": any(rate > train.learning_rate * (1 + 1e-9) for rate in start.rates),
+            "dial": (start.activations_dial, start.gradients_dial) != (1.0, 1.0),
             "segments": start.segments != self.components.aggregator.segments,
         }
         if named := [name for name, is_wrong in wrong.items() if is_wrong]:
             raise ProtocolError(f"round {start.round} differs from what the server announced in {', '.join(named)}.", "ask its operator.")
 
     def check_score(self, start: ScoreStart) -> None:
+        """Hold a measurement against the policy, and against what the server announced. Raises PolicyError or ProtocolError."""
         check_score(self.policy, start)
+        split, evaluate = self.config.split, self.config.evaluate
+        announced = (split.labels == "client", split.tail_blocks, evaluate.batch_size, evaluate.max_rows)
+        if (start.exit_on_client, start.tail_blocks, start.batch_size, start.max_rows) != announced:
+            raise ProtocolError(f"measurement {start.round} differs from what the server announced.", "ask its operator.")
 
     def check_gradient(self, gradient: Tensor) -> None:
         check_gradient(self.policy, gradient)

@@ -16,6 +16,7 @@ def clashes_of(config: RunConfig, built: Components) -> Iterator[str]:
     yield from _of_server(config, built)
     yield from _of_folding(config, built)
     yield from _of_merging(config, built)
+    yield from _of_privacy(config, built)
     yield from _of_codecs(config, built)
     if config.engine.store == "disk" and config.engine.name == "workers":
         yield 'engine.store = "disk" needs cohorts that take turns: engine.name = "workers" has all clients in memory at once'
@@ -89,6 +90,24 @@ def _of_folding(config: RunConfig, built: Components) -> Iterator[str]:
         yield f'aggregator "{name}" begins every round with other adapters: train.moments = "keep" would carry moments of the old ones'
     if config.engine.name == "workers":
         yield f'aggregator "{name}" changes the frozen weights, which only engine.name = "cohort" does so far'
+
+
+def _of_privacy(config: RunConfig, built: Components) -> Iterator[str]:
+    """What would break the claim of a private rule: more of one client in a merge than it clips, or decisions by raw updates."""
+    from splitft.apps.privacy_setup import private_in
+
+    found = private_in(built.aggregator)
+    if found is None:
+        return
+    wanted = {
+        f'split.server = "{config.split.server}"': config.split.server != "per_client",
+        "clients.buffer": asynchronous(config),
+        f'synchronisation "{config.synchronisation.name}"': not built.synchronisation.always,
+    }
+    for text in (text for text, is_set in wanted.items() if is_set):
+        yield f'aggregator "private" counts each client once in every round, clipped and with noise, which {text} does not keep to'
+    if found.drawn_share < 1 and config.clients.availability < 1:
+        yield "aggregator.drawn_share below 1 needs clients that are drawn, not clients that happen to be there: clients.availability = 1.0"
 
 
 def _of_merging(config: RunConfig, built: Components) -> Iterator[str]:

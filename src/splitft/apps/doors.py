@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -57,6 +58,7 @@ class ByName:
     path: Path
     seats: int
     names: list[str] = field(default_factory=list)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
         if self.path.is_file():
@@ -67,6 +69,10 @@ class ByName:
             name = check_name(hello.name)
         except SplitftError as problem:
             return Refusal("identity", problem.message, problem.remedy)
+        with self._lock:  # several clients may be at the door
+            return self._seat(name)
+
+    def _seat(self, name: str) -> tuple[int, str] | Refusal:
         if name not in self.names:
             if len(self.names) >= self.seats:
                 return Refusal(
@@ -74,7 +80,12 @@ class ByName:
                 )
             self.names.append(name)
             write_atomically(self.path, ("\n".join(self.names) + "\n").encode())
-        return self.names.index(name), name
+        seat = self.names.index(name)
+        if seat >= self.seats:
+            return Refusal(
+                "roster", f"{name} has seat {seat}, this run has {self.seats} (clients.count).", "raise clients.count for a new run."
+            )
+        return seat, name
 
     def listed(self, seat: int) -> bool:
         return seat < self.seats

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from splitft.apps.audit_page import NONE_MADE
 from splitft.apps.plot_aggregation import aggregation_figures
 from splitft.apps.plot_clients import client_figures
 from splitft.apps.plot_codecs import codec_figures
@@ -32,7 +33,7 @@ from splitft.toml import write_toml
 
 OPEN_WARNINGS = 5
 LISTED_WARNINGS = 100
-LEAKAGE_NOTE = "No leakage audit was made for this run: a cut reduces what is sent, it does not hide the text."
+LEAKAGE_NOTE = NONE_MADE
 _ARXIV = re.compile(r"\b(?:arXiv[:\s]\s*)?(\d{4}\.\d{4,5})\b", re.IGNORECASE)
 # A page that could not fetch or run anything even if some text slipped through unescaped.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
@@ -47,8 +48,8 @@ _PATTERNS = (
 )
 
 
-def render_page(record: RunRecord) -> str:
-    """The whole document; equal records give equal bytes."""
+def render_page(record: RunRecord, leakage: str = LEAKAGE_NOTE) -> str:
+    """The whole document; equal records give equal bytes. `leakage` says what an audit found, or that none was made."""
     sections = [
         ("learning", "Learning", learning_figures(record)),
         ("aggregation", "Aggregation", aggregation_figures(record)),
@@ -61,7 +62,7 @@ def render_page(record: RunRecord) -> str:
     optional = ("aggregation", "codecs")
     sections = [(key, title, figures) for key, title, figures in sections if figures or tables.get(key) or key not in optional]
     keys = [key for key, _, _ in sections]
-    notes = f'<p class="note" role="note">{escape(LEAKAGE_NOTE)}</p>{_warnings(record)}'
+    notes = f'<p class="note" role="note">{escape(leakage)}</p>{_warnings(record)}'
     body = [_PATTERNS, _header(record, [*keys, "configuration"]), f"<main>{_key_figures(record)}", notes]
     for key, title, figures in sections:
         inner = "".join(_figure(figure) for figure in figures)

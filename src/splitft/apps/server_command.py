@@ -28,12 +28,13 @@ from splitft.deploy.identity import ServerIdentity
 from splitft.deploy.letters import PROTOCOL_MAJOR, PROTOCOL_MINOR, Welcome
 from splitft.deploy.logs import log, log_to
 from splitft.deploy.metrics import Metrics
-from splitft.deploy.page import StatusPage
+from splitft.deploy.page import StatusPage, split_address
 from splitft.deploy.parts import ModelParts, model_digest
 from splitft.deploy.roster import Roster
 from splitft.deploy.status import Level, SeatChanges, ServerStatus
 from splitft.engine import checkpoint
 from splitft.engine.points import POINTS
+from splitft.engine.rounds import insist
 from splitft.errors import ConfigError, Interrupted, SplitftError
 from splitft.transport.listener import Listener
 from splitft.transport.tls import is_loopback
@@ -88,15 +89,17 @@ def _conduct(config: RunConfig, run: FederatedRun, house: House, display: Displa
             log(LOGGER, "round committed", round=record.round)
             for text in warnings.new():
                 display.warn(text)
-            if stopping.asked_s is not None:
+            if stopping.asked():
                 raise Interrupted("Stopped; everything up to the last finished round is on disk.", "start the same command again to go on.")
         house.status.begin_phase("finished")
-        run.finish()
+        insist(run.engine, run.finish)
         house.offer(run.folder / "adapter")
         conductor.finish(config.rounds, True, "")
-        conductor.linger(LINGER_S)
+        with suppress(Interrupted):  # nothing is left to interrupt
+            conductor.linger(LINGER_S)
     except Interrupted as stop:
-        run.note_interruption()
+        with suppress(OSError):  # a note that a full disk may do without
+            run.note_interruption()
         conductor.finish(config.rounds, False, "the server stops; it goes on when it is started again")
         log(LOGGER, "stopped", round=run.state.round)
         raise stopping.as_asked(stop) from stop
@@ -147,10 +150,9 @@ class House:
         host, _, port = section.address.rpartition(":")
         if self.identity is not None and section.enroll_address != "off":
             enroll = section.enroll_address or f"{host}:{int(port) + 1 if int(port) else 0}"
-            with suppress(ValueError):
-                where, _, number = enroll.rpartition(":")
-                self.enrolment = EnrolmentServer(Path(section.identity), where, int(number), self.port)
-                self.enrolment.start()
+            where, number = split_address(enroll, "federation.enroll_address")
+            self.enrolment = EnrolmentServer(Path(section.identity), where, number, self.port)
+            self.enrolment.start()
         for event in load_events(self.run.folder / "journal.jsonl"):
             self.status.round_done(event)
         self.status.begin_phase("running")

@@ -25,6 +25,7 @@ from splitft.apps.assemble import (
     train_settings,
 )
 from splitft.apps.costs import client_costs
+from splitft.apps.privacy_setup import settle
 from splitft.config import RunConfig
 from splitft.data.base import ClientData, DistantRows, FederatedData, Source, TokenRows
 from splitft.data.federate import public_rows
@@ -81,6 +82,7 @@ def assemble_server(config: RunConfig, on_stage: OnStage = lambda name: None, fo
         ClientData(seat, f"seat-{seat}", 0, DistantRows(1, config.tokens.block_tokens), DistantRows(0, 0)) for seat in range(count)
     )
     orders = tuple(BatchOrder(1, config.train.batch_size, config.seed, seat) for seat in range(count))
+    components = settle(config, components, layout, count)
     settings = train_settings(config, components)
     trained = components.aggregator.trained(layout)
     federation = Federation(split, layout, clients, orders, settings, shape.vocabulary, base.device, start, trained)

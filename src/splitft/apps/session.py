@@ -14,6 +14,7 @@ import torch
 
 from splitft import __version__
 from splitft.apps.assemble import Assembly, OnStage, assemble
+from splitft.apps.privacy_setup import cautions, private_in
 from splitft.apps.report_files import write_atomically
 from splitft.apps.signals import asked_to_stop
 from splitft.clock import utc_now
@@ -122,6 +123,8 @@ class FederatedRun:
         same_cohorts(built, state)
         journal = Journal(self.folder)
         journal.append(started_event(built, state))
+        for text in cautions(self.config, built.components.aggregator):
+            journal.append({"event": "warning", "round": 0, "text": text})
         state.journal_bytes = journal.bytes
         checkpoint.save(self.folder, state, self.config.run.keep_checkpoints)
         return self._make(state, journal)
@@ -196,6 +199,10 @@ class FederatedRun:
         run.journal.append(
             {"event": "run_finished", "rounds": run.state.round, "wall_s": run.state.wall_s, "virtual_s": run.state.virtual_s}
         )
+        if private_in(built.components.aggregator) is not None and run.measure is None:
+            from splitft.apps.private_check import verify_after
+
+            run.journal.append(verify_after(self))
         write_report(self.folder)
         if self.config.run.tensorboard:
             from splitft.apps.tensorboard import export_tensorboard

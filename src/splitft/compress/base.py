@@ -147,6 +147,8 @@ class Codec(ABC):
     lossless: ClassVar[bool] = False
     floating: ClassVar[bool] = True
     fixed_rate: ClassVar[bool] = False
+    # Whether a codec outside would undo what this one is for.
+    outermost: ClassVar[bool] = False
 
     @property
     def draws(self) -> bool:

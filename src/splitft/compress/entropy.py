@@ -39,6 +39,7 @@ class Entropy(Wrapper):
 
     number: ClassVar[int] = 11
     references: ClassVar[tuple[str, ...]] = ()
+    works_on_payload: ClassVar[bool] = True
     level: int = 1
     item_bytes: int = 0
 

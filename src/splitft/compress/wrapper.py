@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,6 +31,8 @@ class Wrapper(Codec):
     """A codec that works over `inner`. What concerns both, such as random numbers and samples, follows from the inner one where a subclass
     has none of its own."""
 
+    # Whether what it does follows from the inner codec's payload alone.
+    works_on_payload: ClassVar[bool] = False
     inner: Codec = field(default_factory=Cast)
 
     def __post_init__(self) -> None:
@@ -39,6 +41,13 @@ class Wrapper(Codec):
                 f"{type(self).__name__.lower()}: inner is {self.inner!r}; allowed is a codec.",
                 'write inner = "cast", or a table with a name and that codec\'s fields.',
             )
+        if self.inner.outermost and not self.works_on_payload:
+            name, outer = type(self.inner).__name__.lower(), type(self).__name__.lower()
+            raise ConfigError(f"{outer}: inner is {name}, whose work {outer} would undo.", f"put {name} outside, and {outer} in its inner.")
+
+    @property
+    def outermost(self) -> bool:  # type: ignore[override]  # of the codec inside, not of the class
+        return self.inner.outermost
 
     @property
     def draws(self) -> bool:

@@ -7,8 +7,10 @@ which concerns nobody else, since sessions share nothing but frozen weights.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -23,9 +25,11 @@ from splitft.deploy.measuring import Measurement
 from splitft.deploy.round import Round
 from splitft.engine.attendance import UnfitError
 from splitft.engine.intake import positions_of
+from splitft.engine.ledger import Ledger
 from splitft.engine.planning import Prepared, Starting, prepare
 from splitft.engine.record import Trained
-from splitft.engine.settings import ClientState
+from splitft.engine.rounds import insist
+from splitft.engine.settings import ClientState, RoundResult
 from splitft.errors import ResourceError, SplitftError
 from splitft.transport.session import Arrived, Event
 
@@ -55,12 +59,15 @@ class Conductor:
         self.host, self.section, self.check, self.costs_of, self.deterministic = host, section, check, costs_of, deterministic
         self.cuts: dict[int, int] = {}
         self.farewell = b""
+        # Clients that fit no cut, with the memory they had.
+        self.unfit: dict[int, int] = {}
         self.counted: dict[int, bool] = {}
         self.known: dict[int, tuple[int, int]] = {}
 
     def plug_into(self, run: Run) -> None:
         run.conduct, run.measure, run.on_refused = self.train, self.measure, self.wait_for_disk
         self.run = run
+        run.on_commit = self.host.metrics.checkpoint_took
         self.host.strikes_allowed = self.section.strikes
         self.host.row_tokens = run.federation.settings.row_tokens or positions_of(run.federation)
 
@@ -69,6 +76,25 @@ class Conductor:
     def train(self, run: Run, index: int) -> Trained:
         """Round `index`, from waiting for clients to their updates."""
         self.host.status.round_begins(index)
+        ledger = Ledger()
+        while True:
+            prepared, played, result, starting = self._attempt(run, index, ledger)
+            quorum = max(1, math.ceil(run.rules.attendance.quorum * len(played.plans)))
+            if len(played.plans) - len(played.lost) >= quorum:
+                break
+            # Nothing is made of a round that only a few came through: it would be their model. It is begun again with whoever is there.
+            text = f"round {index} has {len(played.plans) - len(played.lost)} updates of at least {quorum}: it begins again"
+            self.host.status.event("warning", text)
+        self.cuts.update({client: plan.cut for client, plan in played.plans.items()})
+        self.counted = {client: client not in played.lost for client in played.plans}
+        for client in played.plans:
+            result.ledger.add(client, "down", "weights", self._fetched(client))
+        attended = attended_of(run, index, prepared, result, played)
+        notes = {MEMBERS: self._members_after(run, index, played), "update_norms": played.norms.remembered(played.lost)}
+        return Trained(prepared, attended, result, starting.truncated, notes=notes)
+
+    def _attempt(self, run: Run, index: int, ledger: Ledger) -> tuple[Prepared, Round, RoundResult, Starting]:
+        """A round from its plan to its updates, of however many come through."""
         prepared = self._prepared(run, index)
         for plan in prepared.plans:  # what travels is counted when it does
             prepared.fetched_bytes[plan.client] = self._fetched(plan.client)
@@ -76,49 +102,60 @@ class Conductor:
         starting = Starting(run)
         run.on_stage("train")
         states = {**run.state.clients, **prepared.clients}
-        played = Round(self, run, index, prepared, starting, states)
-        result = played.play()
-        self.cuts.update({client: plan.cut for client, plan in played.plans.items()})
-        self.counted = {client: client not in played.lost for client in played.plans}
-        self._remember(run, index, played)
         for client, fetched_bytes in prepared.fetched_bytes.items():
-            result.ledger.add(client, "down", "weights", fetched_bytes + self._fetched(client))
-        attended = attended_of(run, index, prepared, result, played)
-        return Trained(prepared, attended, result, starting.truncated)
+            ledger.add(client, "down", "weights", fetched_bytes)
+        played = Round(self, run, index, prepared, starting, states, ledger)
+        return prepared, played, played.play(), starting
 
     def _prepared(self, run: Run, index: int) -> Prepared:
-        """Who takes part in the round, and how. A client that cannot hold any cut is sent away; the others go on without it."""
+        """Who takes part in the round, and how. A client that cannot hold any cut is sent away, and not waited for until it says it has
+        more memory; the others go on without it."""
         while True:
             here = self._gather(run, index)
             self._meet(run, here)
             try:
                 return prepare(run, index, here=here)
             except UnfitError as problem:
+                ready = self.host.seats[problem.client].ready
+                self.unfit[problem.client] = 0 if ready is None else ready.memory_bytes
                 self.host.send_away(problem.client, "unfit", problem)
 
     def _gather(self, run: Run, index: int) -> list[int]:
         """The seats that can take part, once there are enough: the minimum, and all that are expected or as many as come in time."""
         section, minimum = self.section, run.rules.attendance.minimum
-        expected, enough_s = len(run.federation.clients), None
+        expected, enough_s, began_s = len(run.federation.clients), None, monotonic_s()
+        # Who was in the last committed round and has not said goodbye comes back, as after a restart of the server: waited for like a
+        # participant in the midst of a round, so that a disturbed run has the members of the undisturbed one.
+        notes = run.state.notes.get(MEMBERS, {})
+        recent = {int(client) for client, facts in notes.items() if (facts.get("base") or {}).get("round") == index - 1}
         while True:
             here = self.here(expected)
             now_s = monotonic_s()
             if len(here) >= minimum:
                 enough_s = now_s if enough_s is None else enough_s
-                if len(here) >= len(self.awaited(expected)) or now_s - enough_s >= section.join_s:
+                missing = set(self.awaited(expected)) - set(here)
+                late = now_s - enough_s >= section.join_s
+                if not missing or (late and (not missing & recent or now_s - began_s >= section.absence_s)):
                     return here
             else:
                 enough_s = None
             self.host.status.stage(f"waiting for clients: {len(here)} of at least {minimum}")
             with self.host.waits.waiting(f"clients for round {index}"):
-                self.pump(LOOK_S)
+                for event in self.pump(LOOK_S):
+                    self.idle(event)
 
     def awaited(self, expected: int) -> list[int]:
         """Seats whose clients may come, or are there."""
-        return [seat for seat in range(expected) if self.host.doorkeeper.listed(seat) and not self.host.excluded(seat)]
+        host = self.host
+        gone = {number for number, seat in host.seats.items() if seat.left or seat.excluded}
+        return [seat for seat in range(expected) if host.doorkeeper.listed(seat) and seat not in gone and seat not in self.unfit]
 
     def here(self, expected: int) -> list[int]:
-        return sorted(number for number, seat in self.host.seats.items() if seat.here and number < expected)
+        for number, short_bytes in list(self.unfit.items()):
+            ready = self.host.seats[number].ready
+            if ready is not None and ready.memory_bytes > short_bytes:
+                del self.unfit[number]
+        return sorted(number for number, seat in self.host.seats.items() if seat.here and number < expected and number not in self.unfit)
 
     def pump(self, timeout_s: float) -> list[Event]:
         """Hear what has come; letters that belong to no round are answered here."""
@@ -149,16 +186,15 @@ class Conductor:
                 rows = DistantRows(ready.rows, ready.tokens)
                 held_out = DistantRows(ready.held_out_rows, ready.held_out_rows)
                 clients[number] = ClientData(number, seat.name, ready.documents, rows, held_out)
-                run.journal.append(
-                    {
-                        "event": "joined",
-                        "client": number,
-                        "name": seat.name,
-                        "documents": ready.documents,
-                        "train_rows": ready.rows,
-                        "train_tokens": ready.tokens,
-                    }
-                )
+                joined = {
+                    "event": "joined",
+                    "client": number,
+                    "name": seat.name,
+                    "documents": ready.documents,
+                    "train_rows": ready.rows,
+                    "train_tokens": ready.tokens,
+                }
+                insist(run, partial(run.journal.append, joined))
         run.devices = tuple(devices)
         if changed:
             run.federation = replace(run.federation, clients=tuple(clients))
@@ -174,13 +210,13 @@ class Conductor:
         found = run.state.notes.get(MEMBERS, {}).get(str(client), {}).get("base")
         return None if not found else Snapshot(int(found["round"]), str(found["digest"]))
 
-    def _remember(self, run: Run, index: int, played: Round) -> None:
+    def _members_after(self, run: Run, index: int, played: Round) -> dict[str, Any]:
         """After a round: which snapshot of every client its state here belongs to."""
         notes = {client: dict(facts) for client, facts in run.state.notes.get(MEMBERS, {}).items()}
         for client, digest in played.digests.items():
             if client not in played.lost:
                 notes[str(client)]["base"] = {"round": index, "digest": digest}
-        run.state.notes = {**run.state.notes, MEMBERS: notes}
+        return notes
 
     def _fetched(self, client: int) -> int:
         seat = self.host.seats.get(client)
@@ -234,14 +270,16 @@ class Conductor:
 
     def linger(self, seconds: float) -> None:
         """Give clients time to hear of the end and to fetch the joined adapter: until all have gone, those included that took part and
-        have not been seen since this process began, as after a restart behind the last commit."""
-        end_s = monotonic_s() + seconds
+        have not been seen since this process began, as after a restart behind the last commit; or nothing has moved for so long."""
+        end_s, fetched = monotonic_s() + seconds, -1
         members = {int(number) for number in self.run.state.notes.get(MEMBERS, {})}
         while monotonic_s() < end_s:
             if members <= set(self.host.seats) and not any(seat.session is not None for seat in self.host.seats.values()):
                 return
             with self.host.waits.waiting("clients to fetch the adapter"):
-                for event in self.host.take(LOOK_S):
+                if fetched != (fetched := sum(seat.fetched_bytes for seat in self.host.seats.values())):
+                    end_s = monotonic_s() + seconds
+                for event in self.pump(LOOK_S):
                     self.idle(event)
                     if isinstance(event, Arrived) and event.message.kind == Letter.READY and (seat := self.host.seat_of(event.session)):
                         self.send(seat.number, Letter.FINISHED, self.farewell)

@@ -78,10 +78,10 @@ class Seat:
     ready: Ready | None = None
     strikes: int = 0
     excluded: bool = False
-    gone_since_s: float = 0.0
+    # It has said goodbye: nobody need wait for it as for one whose line broke.
+    left: bool = False
     # Bytes outside of rounds that the next round's ledger takes over: pieces of the model.
     fetched_bytes: int = 0
-    fetching: bool = False
 
     @property
     def here(self) -> bool:
@@ -133,10 +133,10 @@ class Host:
     def _examine(self, peer: Peer, hello: Hello) -> tuple[int, str] | Refusal:
         if hello.major != PROTOCOL_MAJOR:
             ours = f"this server {PROTOCOL_MAJOR}.{PROTOCOL_MINOR}"
-            text = f"the client speaks protocol {hello.major}.{hello.minor} (splitft {hello.version}), {ours} (splitft {__version__})."
+            text = f"the client speaks protocol {hello.major}.{hello.minor} (splitft {hello.version[:40]}), {ours} (splitft {__version__})."
             return Refusal("version", text, "install the same splitft release on both sides.")
         if missing := sorted(set(hello.needs) - set(OFFERED)):
-            return Refusal("version", f"the client needs {', '.join(missing)}, which this server has not.", "update the server.")
+            return Refusal("version", f"the client needs {', '.join(missing)[:80]}, which this server has not.", "update the server.")
         if self.draining:
             return Refusal("draining", "the server is shutting down.", "it lets clients in again when it is back.")
         answer = self.doorkeeper.find(peer, hello)
@@ -167,11 +167,19 @@ class Host:
             if (seat := self.seats.get(self.by_key.get(session.key, -1))) is not None:
                 seat.fetched_bytes += len(data)
         except SplitftError as problem:
-            self.metrics.refused("part")
-            with suppress(SplitftError):
-                session.send(Letter.REFUSED, pack(Refused(0, problem.message[:2000], problem.remedy[:2000])))
+            self._refuse_piece(session, problem.message, problem.remedy)
+        except OSError as problem:
+            self.status.event("error", f"the base model cannot be read: {problem}")
+            self._refuse_piece(
+                session, "the server cannot read its base model.", "its operator has to mend it; then start the client again."
+            )
         finally:
             message.release()
+
+    def _refuse_piece(self, session: Session, text: str, remedy: str) -> None:
+        self.metrics.refused("part")
+        with suppress(SplitftError):  # a client that is gone needs no answer
+            session.send(Letter.REFUSED, pack(Refused(0, text[:2000], remedy[:2000])))
 
     def take(self, timeout_s: float) -> list[Event]:
         """The next events: those that wait, or the first that comes within the time. Seats are up to date with them."""
@@ -195,7 +203,7 @@ class Host:
             return
         seat = self.seats.setdefault(number, Seat(number, event.session.key))
         if isinstance(event, Opened):
-            seat.session, seat.ready = event.session, None
+            seat.session, seat.ready, seat.left = event.session, None, False
             self.status.seat(number, state="connecting", name=seat.name)
             self.status.event("info", "connected", number)
         elif event.session is not seat.session:
@@ -208,9 +216,11 @@ class Host:
             self.status.seat(number, state="ready")
             self.status.event("info", "connection is back", number)
         elif isinstance(event, Closed):
-            seat.session, seat.ready, seat.gone_since_s = None, None, monotonic_s()
+            seat.session, seat.ready, seat.left = None, None, event.code == "closed"
             self.status.seat(number, state="excluded" if seat.excluded else "absent")
             self.status.event("warning", f"gone: {event.text or event.code}", number)
+            if event.code == "protocol":
+                self.strike(seat, 0, ProtocolError(event.text, "run the same splitft version on both sides."))
         elif isinstance(event, Arrived) and event.message.kind == Letter.READY:
             self._settle(seat, event.message)
 
@@ -238,6 +248,10 @@ class Host:
         if len(ready.data) > DIGEST_LETTERS or len(ready.snapshots) > MOST_SNAPSHOTS:
             return f"data with a digest of {len(ready.data)} letters and {len(ready.snapshots)} snapshots"
         return ""
+
+    def number_of(self, session: Session) -> int:
+        """The seat that a session came in for."""
+        return self.by_key.get(session.key, -1)
 
     def seat_of(self, session: Session) -> Seat | None:
         """The seat a session belongs to, if it is still that seat's."""

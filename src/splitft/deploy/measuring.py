@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import reduce
 from operator import add
 from typing import TYPE_CHECKING, Any
@@ -78,8 +79,8 @@ class Measurement:
     def _plan(self, client: int) -> Plan:
         """Where a client's model is cut now."""
         run = self.run
-        cut = self.conductor.cuts.get(client) or run.state.clients[client].cut if client in run.state.clients else 0
-        cut = self.conductor.cuts.get(client, cut) or run.costs[client].minimum_cut
+        known = run.state.clients.get(client)
+        cut = self.conductor.cuts.get(client) or (0 if known is None else known.cut) or run.costs[client].minimum_cut
         return Plan(client, cut, 1, 1, run.rules.exit_on_client, run.rules.tail_blocks)
 
     def _scores(self, adapters: Tensor, wanted: set[int]) -> dict[int, Score]:
@@ -103,7 +104,8 @@ class Measurement:
             for client, heard_s in list(self.left.items()):
                 session = host.seats[client].session
                 gone = (session is None or not session.connected) and monotonic_s() - heard_s > patience_s
-                if gone or 0 < rules.attendance.deadline_s < monotonic_s() - heard_s:
+                limit_s = min(rules.attendance.deadline_s or math.inf, self.conductor.section.absence_s)
+                if gone or monotonic_s() - heard_s > limit_s:
                     why = "is gone" if gone else "does not answer"
                     host.status.event("warning", f"{why}: its held-out rows are not measured this time", client)
                     del self.left[client]

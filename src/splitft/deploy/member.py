@@ -7,7 +7,7 @@ what the server asks is held against the client's own policy first.
 from __future__ import annotations
 
 import hashlib
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -39,7 +39,7 @@ from splitft.deploy.snapshots import Snapshots
 from splitft.engine.client import Client
 from splitft.engine.scoring import measure
 from splitft.engine.settings import ClientState, Federation
-from splitft.errors import CheckpointError, ExcludedError, Interrupted, ProtocolError, SplitftError, UnreachableError
+from splitft.errors import CheckpointError, ExcludedError, Interrupted, PolicyError, ProtocolError, SplitftError, UnreachableError
 from splitft.messages import RoundStart, ScoreStart, Type, decode
 from splitft.transport.base import NEXT, NOTHING, Posted, Talk
 from splitft.transport.link import Link
@@ -55,6 +55,8 @@ DISK_PAUSE_S = 2.0
 MOST_STASHED = 256
 OPEN_S = 5.0
 KNOCK_S = 30.0
+# How often a server may open the same round for the same purpose.
+MOST_OPENINGS = 100
 
 
 class Workshop(Protocol):
@@ -108,12 +110,16 @@ class Member:
         waits: Waits,
         window: int = 1,
         knock: Callable[[], None] = lambda: None,
+        patience_s: float = 0.0,
     ) -> None:
         self.link, self.workshop, self.folder = link, workshop, folder
         self.listen, self.stop, self.waits, self.window = listen, stop, waits, window
-        self.knock = knock
+        self.knock, self.patience_s = knock, patience_s
+        link.look = self._look_at_stop
+        self.openings: Counter[tuple[int, str]] = Counter()
         self.connected_s = monotonic_s()
         self.stash: deque[Message] = deque()
+        self.answer: Message | None = None
         self.seat = -1
         self.waiting_s = 0.0
         self.round: int = 0
@@ -121,20 +127,23 @@ class Member:
     def run(self) -> Finished:
         """Until the run is over. Raises Interrupted when asked to stop, ExcludedError, PolicyError, and what a refused door raises."""
         while True:
+            self.stash.clear()
             try:
                 self._enter(read(Welcome, self._open()))
                 return self._serve()
             except SessionLost:
-                self.stash.clear()
                 self.listen("rejoining", {})
 
     def _open(self) -> bytes:
-        """Come in, however long the server is out of reach."""
+        """Come in, however long the server is out of reach, or `patience_s` where that is not 0. Raises UnreachableError then."""
+        began_s = monotonic_s()
         while True:
             try:
                 return self.link.open(OPEN_S)
             except UnreachableError:
                 self._look_at_stop()
+                if self.patience_s and monotonic_s() - began_s >= self.patience_s:
+                    raise
                 self.knock()
 
     def _enter(self, welcome: Welcome) -> None:
@@ -143,8 +152,8 @@ class Member:
         self.link.limit_bytes = PART_BYTES + MAX_LETTER_BYTES
         ready = self.workshop.settle(welcome, self.fetch)
         self.link.limit_bytes = max(self.link.limit_bytes, self.workshop.limit_bytes())
-        # A run's name may come back; what belongs together is the run, the seat and the model.
-        named = hashlib.sha256(f"{welcome.run}\0{welcome.seat}\0{welcome.model}".encode()).hexdigest()[:16]
+        # A run's name may come back; what belongs together is the run, the seat, the model and the text.
+        named = hashlib.sha256(f"{welcome.run}\0{welcome.seat}\0{welcome.model}\0{ready.data}".encode()).hexdigest()[:16]
         self.snapshots = Snapshots(self.folder / named, ready.data)
         self.link.send(Letter.READY, pack(msgspec.structs.replace(ready, snapshots=self.snapshots.list())))
         self.listen("ready", {"rounds": welcome.rounds, "round": welcome.round})
@@ -170,6 +179,7 @@ class Member:
         while following is not None:
             present, following = following, None
             try:
+                self._count_opening(present)
                 if present.purpose == "evaluate":
                     self._measure(present)
                 else:
@@ -184,13 +194,19 @@ class Member:
                 self.link.send(Letter.REFUSED, pack(Refused(present.round, problem.message[:2000], problem.remedy[:2000], final=True)))
                 raise
 
+    def _count_opening(self, opened: Open) -> None:
+        """A server may open a round again after a fault, and not without end: every time shows it more of the text."""
+        self.openings[opened.round, opened.purpose] += 1
+        if self.openings[opened.round, opened.purpose] > MOST_OPENINGS:
+            raise PolicyError(f"the server has opened round {opened.round} {MOST_OPENINGS} times.", "talk to its operator.")
+
     def _measure(self, opened: Open) -> None:
         start = decode(opened.frame).read(ScoreStart)
         self.workshop.check_score(start)
         federation = self.workshop.federation(self.seat, start.cut, start.tail_blocks, start.exit_on_client, self.fetch)
         self.round = opened.round
         self.link.send(Letter.OPENED, pack(Opened(opened.round)))
-        self._drive(measure(federation, self.seat, opened.frame), None)
+        self._drive(measure(federation, self.seat, opened.frame, self.workshop.check_adapters), None)
         self.listen("measured", {"round": opened.round})
 
     def _train(self, opened: Open) -> None:
@@ -233,11 +249,13 @@ class Member:
             try:
                 message = next(talk) if reply is None else talk.send(reply)
             except StopIteration:
+                self._let_go()
                 return
             if message is not NEXT:
                 if client is not None and message[4] == Type.ROUND_END:
                     self._close(client, message)
                 self.link.send(Letter.FRAME, message)
+                self._let_go()
                 if client is not None:
                     self.listen("sent", {"steps": len(client.step_losses), "loss": client.step_losses[-1] if client.step_losses else None})
             reply = NOTHING if isinstance(message, Posted) and message is not NEXT else self._reply(client)
@@ -253,6 +271,9 @@ class Member:
             except OSError as problem:
                 self.listen("warning", {"text": f"the snapshot of round {self.round} cannot be written: {problem}; trying again."})
                 self._pause()
+                if opened := next((one for one in self.stash if one.kind == Letter.OPEN), None):
+                    self.stash.remove(opened)
+                    raise _Another(read(Open, opened.payload)) from problem
         seconds = {**client.seconds, "waiting": self.waiting_s}
         facts = {place: dict(sums) for place, sums in client.facts().items()}
         self.link.send(Letter.REPORT, pack(Report(self.round, client.step_losses, client.tokens, seconds, facts)))
@@ -263,7 +284,14 @@ class Member:
             message = self.link.receive(DISK_PAUSE_S)
         self._look_at_stop()
         if message is not None:
+            message.release()
             self._keep(message)
+
+    def _let_go(self) -> None:
+        """Release the last answer. That wakes the event loop, so it waits until the next message is on its way."""
+        if self.answer is not None:
+            self.answer.release()
+            self.answer = None
 
     def _reply(self, client: Client | None) -> bytes:
         """The next frame of the server; what else it says meanwhile is followed."""
@@ -272,9 +300,9 @@ class Member:
             message = self._next("the server's answer")
             if message.kind == Letter.FRAME:
                 self.waiting_s += monotonic_s() - began_s
-                data = bytes(message.payload)
-                message.release()
-                return data
+                self._let_go()
+                self.answer = message
+                return bytes(message.payload)
             if message.kind == Letter.OPEN:
                 raise _Another(read(Open, message.payload))
             if message.kind == Letter.FINISH and client is not None:
@@ -302,7 +330,9 @@ class Member:
                 raise ExcludedError(refused.text, refused.remedy)
             if refused.round == self.round:
                 raise _Dropped
-        elif message.kind not in (Letter.FRAME, Letter.PART, Letter.FINISH):
+        elif message.kind == Letter.FRAME:
+            message.release()  # of a round that is over
+        elif message.kind not in (Letter.PART, Letter.FINISH):
             raise ProtocolError(f"the server sent letter {message.kind}, which only a client sends.", "check the server's version.")
 
     def _next(self, what: str) -> Message:
@@ -349,6 +379,9 @@ class Member:
                 if (part.sha256, part.offset) == (sha256, offset):
                     return part.data
             elif message.kind == Letter.REFUSED:
+                refused = read(Refused, message.payload)
+                if refused.round == 0 and not refused.final:  # of no round: it was the piece that was refused, and none will come
+                    raise ProtocolError(f"the server does not give a piece of the model: {refused.text}", refused.remedy)
                 self._aside(message)
             else:
                 self._keep(message)

@@ -261,12 +261,12 @@ class _Talk:
     begun: bool = False
 
 
-def split_address(address: str) -> tuple[str, int]:
-    """Host and port of "host:port" or "[address]:port". Raises ConfigError."""
+def split_address(address: str, field: str = "federation.status_address") -> tuple[str, int]:
+    """Host and port of "host:port" or "[address]:port" in a `field` of the configuration. Raises ConfigError."""
     host, colon, port = address.rpartition(":")
     bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
     if not colon or not bare or (":" in bare and bare == host) or not port.isascii() or not port.isdigit() or int(port) > 65_535:
-        raise ConfigError(f"federation.status_address is {address!r}.", 'Write host:port, such as "127.0.0.1:7480" or "[::1]:7480".')
+        raise ConfigError(f"{field} is {address!r}.", 'Write host:port, such as "127.0.0.1:7480" or "[::1]:7480".')
     return ("127.0.0.1" if bare == "localhost" else bare), int(port)
 
 

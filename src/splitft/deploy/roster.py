@@ -120,6 +120,8 @@ class Roster:
         self._lock = threading.Lock()
         self._stamp: tuple[int, int, int] | None = None
         self._register = Register(SCHEMA, "")
+        # Members by certificate, true of this very register and until the certificate expires: a server asks of every client every second.
+        self._known: dict[bytes, tuple[Register, Member, datetime]] = {}
 
     @classmethod
     def load(cls, folder: Path) -> Roster:
@@ -143,6 +145,18 @@ class Roster:
     def find(self, certificate: bytes) -> Member | str:
         """The member whose certificate this PEM is, or why there is none. Raises IdentityError when the roster cannot be read."""
         register = self.register()
+        known = self._known.get(certificate)
+        if known is not None and known[0] is register and utc_time() <= known[2]:
+            return known[1]
+        found = self._find(register, certificate)
+        if isinstance(found, Member):
+            if len(self._known) > 2 * len(register.clients):
+                self._known.clear()
+            self._known[certificate] = (register, found, datetime.fromisoformat(found.expires))
+        return found
+
+    @staticmethod
+    def _find(register: Register, certificate: bytes) -> Member | str:
         try:
             holder = identify(certificate)
         except IdentityError as problem:

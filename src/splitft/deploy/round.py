@@ -17,7 +17,7 @@ from splitft.deploy.norms import UpdateNorms
 from splitft.deploy.round_result import checked_report, message_limit, result_of
 from splitft.engine.ledger import Ledger
 from splitft.engine.planning import Prepared
-from splitft.engine.server import Server
+from splitft.engine.server import Served, Server
 from splitft.engine.settings import ClientState, RoundResult, Starts
 from splitft.errors import CodecError, ProtocolError, SplitftError
 from splitft.messages import PACKET_KINDS, Frame, RoundEnd, Type, decode
@@ -32,19 +32,26 @@ if TYPE_CHECKING:
 
 LOOK_S = 0.25
 TIMELINE_STEPS = 2
+# How often a client that is restarted again and again may begin a round.
+MOST_OPENINGS = 50
+# Bytes that are progress: signs of life take hours for as many.
+PROGRESS_BYTES = 64 << 10
 
 
 @dataclass
 class Part:
-    """How far one participant is. `waiting`: frames that have come and are not served. Seconds are since the round began."""
+    """How far one participant is. `waiting`: frames that have come and are not served. Seconds are since the round began; at
+    `moved_s` it last came forward, when its session had received `moved_bytes`."""
 
     plan: Plan
     stage: str = "absent"
     waiting: deque[tuple[Message, float]] = field(default_factory=deque)
     report: Report | None = None
     steps: int = 0
+    openings: int = 0
     asked_s: float = math.inf
-    gone_s: float = 0.0
+    moved_s: float = 0.0
+    moved_bytes: int = 0
     finish_s: float = 0.0
     served_s: float = 0.0
     queued_s: float = 0.0
@@ -56,14 +63,21 @@ class Round:
     """Round `index` of a run with the clients of a conductor's host."""
 
     def __init__(
-        self, conductor: Conductor, run: Run, index: int, prepared: Prepared, starts: Starts, states: Mapping[int, ClientState]
+        self,
+        conductor: Conductor,
+        run: Run,
+        index: int,
+        prepared: Prepared,
+        starts: Starts,
+        states: Mapping[int, ClientState],
+        ledger: Ledger,
     ) -> None:
         self.conductor, self.run, self.index = conductor, run, index
         self.plans = {plan.client: plan for plan in prepared.plans}
         self.states = {client: states.get(client, ClientState()) for client in self.plans}
         self.before = {client: run.state.clients.get(client, ClientState()) for client in self.plans}
         self.bases = {client: conductor.base_of(run, client) for client in self.plans}
-        self.ledger = Ledger()
+        self.ledger = ledger
         self.digests: dict[int, str] = {}
         self.lost: set[int] = set()
         self.parts = {client: Part(plan) for client, plan in self.plans.items()}
@@ -124,6 +138,8 @@ class Round:
             for client, one in self.parts.items():
                 if self.conductor.seat(client).session is None:
                     self._absent(one)
+                    if event.code == "protocol" and self.conductor.host.number_of(event.session) == client:
+                        self._lose(client, "broke the protocol")  # whoever lies is not waited for
         if not isinstance(event, Arrived):
             return
         if seat is None or part is None:
@@ -136,9 +152,17 @@ class Round:
             self._refuse(seat.number, problem if isinstance(problem, SplitftError) else ProtocolError(str(problem), ""))
 
     def _absent(self, part: Part) -> None:
+        """A participant is gone; when it comes back it begins the round again, so nobody in a pass with it need wait."""
         if part.stage not in ("ended", "lost", "absent"):
-            part.stage, part.gone_s = "absent", self.now_s
+            part.stage, part.moved_s = "absent", self.now_s
             self._forget(part)
+            self._after(self.server.abandon(part.plan.client))
+
+    def _after(self, served: Served) -> None:
+        """Send the answers of a pass, refuse whom it could not serve."""
+        self._tell(served.replies)
+        for client, problem in served.refused.items():
+            self._refuse(client, problem)
 
     def _letter(self, seat: Seat, part: Part, message: Message) -> None:
         kind = message.kind
@@ -151,6 +175,8 @@ class Round:
         data = bytes(message.payload)
         message.release()
         if kind == Letter.READY:
+            if part.stage in ("opening", "training"):
+                raise ProtocolError(f"{seat.name} says it is ready in the middle of a round.", "check the client's version.")
             self._begin(seat.number)
         elif kind == Letter.OPENED:
             self._opened(seat.number, part, read(OpenedLetter, data))
@@ -180,8 +206,12 @@ class Round:
         part, seat = self.parts[client], self.conductor.seat(client)
         if part.stage in ("ended", "lost") or not seat.here:
             return
-        self._tell([pair for pair in self.server.reopen(client, self.states[client]) if pair[0] != client])
-        part.steps, part.report, part.asked_s = 0, None, math.inf
+        part.openings += 1
+        if part.openings > MOST_OPENINGS:
+            self._lose(client, f"began the round {MOST_OPENINGS} times")
+            return
+        self._after(self.server.reopen(client, self.states[client]))
+        part.steps, part.report, part.asked_s, part.moved_s = 0, None, math.inf, self.now_s
         self._forget(part)
         assert seat.session is not None
         seat.session.limit_bytes = message_limit(self.run, part.plan)
@@ -227,7 +257,7 @@ class Round:
             row, moments = self.server.sessions[client].row, self.server.moments
             put_moments(self.run.federation.layout, moments.first[row], moments.second[row], (part.plan.cut, before.cut), opened.moments)
             self.ledger.add(client, "up", "adapters", len(opened.moments))
-        part.stage, part.replied_s = "training", self.now_s
+        part.stage, part.replied_s, part.moved_s = "training", self.now_s, self.now_s
 
     # -- serving ---------------------------------------------------------------------------------------------------------------------
 
@@ -243,7 +273,6 @@ class Round:
         self.conductor.host.metrics.server_pass(len(turn))
         for client, (message, arrived_s) in turn.items():
             part = self.parts[client]
-            message.release()
             if not part.waiting or part.waiting[0][0] is not message:
                 continue
             part.waiting.popleft()
@@ -253,9 +282,9 @@ class Round:
             self._account(part, arrived_s, started_s, ended_s)
             if data[client][4] == Type.ROUND_END:
                 self.digests[client] = hashlib.sha256(data[client]).hexdigest()
-        self._tell(served.replies)
-        for client, problem in served.refused.items():
-            self._refuse(client, problem)
+        self._after(served)
+        for message, _ in turn.values():  # last: it wakes the event loop, which would compete with the answers
+            message.release()
 
     def _account(self, part: Part, arrived_s: float, started_s: float, ended_s: float) -> None:
         """Where the time of an exchange went: on the way and at the client, in the queue, in the pass."""
@@ -263,7 +292,7 @@ class Round:
         part.served_s += ended_s - started_s
         if part.steps < TIMELINE_STEPS:
             part.spans += [("whole_step", part.replied_s, arrived_s), ("server_wait", arrived_s, started_s), ("back", started_s, ended_s)]
-        part.replied_s = ended_s
+        part.replied_s = part.moved_s = ended_s
 
     def _tell(self, replies: list[tuple[int, bytes]]) -> None:
         """Send the server's answers."""
@@ -278,7 +307,7 @@ class Round:
                 self.conductor.host.status.seat(client, state="done")
                 self.run.reached("update_taken")
             if not sent and part.stage not in ("ended", "lost"):
-                part.stage, part.gone_s = "absent", self.now_s
+                part.stage, part.moved_s = "absent", self.now_s
 
     def _count(self, client: int, direction: Direction, frame: Frame) -> None:
         """Enter a frame where bytes are counted."""
@@ -318,7 +347,7 @@ class Round:
         self._forget(part)
         self.conductor.host.status.seat(client, state="lost")
         self.conductor.host.status.event("warning", f"lost to round {self.index}: {why}", client)
-        self._tell([pair for pair in self.server.abandon(client) if pair[0] != client])
+        self._after(self.server.abandon(client))
 
     def _forget(self, part: Part) -> None:
         for message, _ in part.waiting:
@@ -334,14 +363,24 @@ class Round:
         if rules.deadline_s > 0 and now_s >= rules.deadline_s and ended >= quorum:
             for client, part in open_parts.items():
                 self._late(client, part, now_s)
-        active = ended + sum(part.stage != "absent" for part in open_parts.values())
+        idle = {client for client, part in open_parts.items() if now_s - self._moved_s(client, part) >= section.absence_s}
+        for client in idle if len(self.parts) - len(self.lost) - len(idle) >= quorum else ():
+            self._lose(client, f"gone or idle for {section.absence_s:g} s")
         for client, part in open_parts.items():
-            if part.stage == "absent" and now_s - part.gone_s >= section.absence_s and active >= quorum:
-                self._lose(client, f"gone for {now_s - part.gone_s:.0f} s")
-            elif part.stage == "absent" and self.conductor.seat(client).excluded:
+            if part.stage == "absent" and self.conductor.seat(client).excluded:
                 self._lose(client, "excluded")
             elif part.stage == "absent" and not self.conductor.host.doorkeeper.listed(client):
                 self._lose(client, "taken off the roster")
+
+    def _moved_s(self, client: int, part: Part) -> float:
+        """When a participant last came forward: a message served, a piece of the model fetched, or bytes of a large message on their way.
+        Signs of life alone are none, so that one that hangs does not hold the others for ever."""
+        session = self.conductor.seat(client).session
+        if session is not None and part.stage != "absent":
+            moved_bytes = session.counts.bytes_received + session.counts.bytes_sent
+            if abs(moved_bytes - part.moved_bytes) >= PROGRESS_BYTES:
+                part.moved_bytes, part.moved_s = moved_bytes, self.now_s
+        return part.moved_s
 
     def _late(self, client: int, part: Part, now_s: float) -> None:
         """A straggler at the deadline: asked for what it has done, if that counts, and given up after a while."""

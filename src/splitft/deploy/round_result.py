@@ -40,7 +40,6 @@ def result_of(played: Round) -> RoundResult:
         states[client] = replace(state, streams=streams if streams.forms or streams.known is not None else None)
         if found := facts_together(report.facts, server.facts(client)):
             facts[client] = found
-    played.run.state.notes = {**played.run.state.notes, "update_norms": played.norms.remembered(lost)}
     order = list(played.plans)
     reports = [played.parts[client].report for client in order]
     return RoundResult(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from splitft.engine.streams import flattened, unflattened
 from splitft.errors import CheckpointError
 
 FORMAT = 1
+# Snapshots kept from before the last committed round.
+KEPT = 3
 TENSORS, FACTS = "state.safetensors", "state.json"
 
 
@@ -34,15 +37,12 @@ class Snapshots:
     data: str
 
     def list(self) -> list[Snapshot]:
-        """What is there and whole, oldest first; what a crash left over is removed."""
+        """What is there and whole, oldest first. What a crash left half-written is removed; what cannot be read now is left alone."""
         found = []
         for path in sorted(self.folder.glob("round-*")) if self.folder.is_dir() else ():
-            try:
+            with suppress(OSError, ValueError, KeyError, TypeError):
                 facts = self._facts(path)
-            except (OSError, ValueError, KeyError, TypeError):
-                shutil.rmtree(path, ignore_errors=True)
-                continue
-            found.append(Snapshot(int(facts["round"]), str(facts["digest"])))
+                found.append(Snapshot(int(facts["round"]), str(facts["digest"])))
         for part in self.folder.glob(".round-*") if self.folder.is_dir() else ():
             shutil.rmtree(part, ignore_errors=True)
         return found
@@ -87,10 +87,10 @@ class Snapshots:
             raise CheckpointError(f"{path} cannot be read: {type(problem).__name__}: {problem}.", remedy) from problem
 
     def prune(self, committed: int) -> None:
-        """Keep the snapshot of round `committed` and later ones."""
-        for one in self.list():
-            if one.round < committed:
-                shutil.rmtree(self._path(one.round), ignore_errors=True)
+        """Keep the snapshots from round `committed` on, and a few before it: a server whose newest checkpoint is damaged goes back."""
+        older = [one.round for one in self.list() if one.round < committed]
+        for round_index in older[: -KEPT or None]:
+            shutil.rmtree(self._path(round_index), ignore_errors=True)
 
     def _path(self, round_index: int) -> Path:
         return self.folder / f"round-{round_index:05d}"

@@ -54,6 +54,19 @@ def expect(data: bytes, kind: Type) -> Frame:
     return frame
 
 
+def expect_answer(data: bytes, kind: Type, asked: StepFields) -> Frame:
+    """The frame in `data`, which must answer this micro-batch and no other. Raises ProtocolError."""
+    frame = expect(data, kind)
+    got = frame.step()
+    if (got.round, got.client, got.step, got.micro) != (asked.round, asked.client, asked.step, asked.micro):
+        raise ProtocolError(
+            f"{kind.name} answers round {got.round}, step {got.step}, micro-batch {got.micro} of client {got.client}; asked was round "
+            f"{asked.round}, step {asked.step}, micro-batch {asked.micro}.",
+            "the server mixes its clients up; restart it.",
+        )
+    return frame
+
+
 def plan_of(start: RoundStart) -> Plan:
     """The plan a ROUND_START carries."""
     return Plan(
@@ -242,14 +255,14 @@ class Client:
 
     def _overlapped(self, steps: list[StepFields], batches: list[Batch]) -> Generator[bytes, bytes, list[StepFields]]:
         """The micro-batches of a step with up to `window` of them on their way: the same numbers, since no weight changes within a step."""
-        sent: deque[tuple[Tensor, Tensor | None, Samples | None]] = deque()
+        sent: deque[tuple[StepFields, Tensor, Tensor | None, Samples | None]] = deque()
         results: list[StepFields] = []
         for fields, batch in zip(steps, batches, strict=True):
             if len(sent) == self.window:
                 results.append(self._finish_there((yield NEXT), *sent.popleft()))
             message, hidden, valid, samples = self._begin_there(fields, batch)
             yield Posted(message)
-            sent.append((hidden, valid, samples))
+            sent.append((fields, hidden, valid, samples))
         while sent:
             results.append(self._finish_there((yield NEXT), *sent.popleft()))
         return results
@@ -257,7 +270,7 @@ class Client:
     def _exit_there(self, fields: StepFields, batch: Batch) -> Generator[bytes, bytes, StepFields]:
         """Labels travel; the server computes the loss."""
         message, hidden, valid, samples = self._begin_there(fields, batch)
-        return self._finish_there((yield message), hidden, valid, samples)
+        return self._finish_there((yield message), fields, hidden, valid, samples)
 
     def _begin_there(self, fields: StepFields, batch: Batch) -> tuple[bytes, Tensor, Tensor | None, Samples | None]:
         """The message of a batch, and what its answer will need."""
@@ -272,10 +285,10 @@ class Client:
         self._spend("front_forward", began_s)
         return message, hidden, valid, samples
 
-    def _finish_there(self, data: bytes, hidden: Tensor, valid: Tensor | None, samples: Samples | None) -> StepFields:
+    def _finish_there(self, data: bytes, fields: StepFields, hidden: Tensor, valid: Tensor | None, samples: Samples | None) -> StepFields:
         """The backward of a batch whose gradient has come."""
         began_s = monotonic_s()
-        reply = expect(data, Type.STEP_DOWN)
+        reply = expect_answer(data, Type.STEP_DOWN, fields)
         gradient = self._receive(self.downlink, reply, hidden, valid, samples)
         self.inspect_gradient(gradient)
         hidden.backward(gradient)  # type: ignore[no-untyped-call]
@@ -293,7 +306,7 @@ class Client:
         samples = self._samples(batch)
         frame = step_frame(Type.STEP_UP, fields, _named(batch, samples), (self._send(self.uplink, hidden, valid, samples),))
         self._spend("front_forward", began_s)
-        reply = expect((yield frame.encode()), Type.HIDDEN_DOWN)
+        reply = expect_answer((yield frame.encode()), Type.HIDDEN_DOWN, fields)
         began_s = monotonic_s()
         state = self._receive(self.exit_down, reply, hidden, valid, samples).requires_grad_(True)
         split = self.federation.split
@@ -305,7 +318,7 @@ class Client:
         assert state.grad is not None
         frame = step_frame(Type.GRADIENT_UP, fields, (), (self._send(self.exit_up, state.grad, valid, samples),))
         self._spend("exit", began_s)
-        result = self._finish_there((yield frame.encode()), hidden, valid, samples)
+        result = self._finish_there((yield frame.encode()), fields, hidden, valid, samples)
         return result.with_result(float(sums.sum()), result.squared_norm)
 
     def _samples(self, batch: Batch) -> Samples | None:

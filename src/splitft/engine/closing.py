@@ -15,6 +15,7 @@ from splitft.engine.exchange import Ownership, put, take
 from splitft.engine.merging import Outcome, collect, importance, mean_of, merge, rows_of, updates_of, weight_norms
 from splitft.engine.planning import remember_cuts
 from splitft.engine.record import Trained, observations_of, round_event
+from splitft.engine.secure_round import Unsealed, sealed_updates
 from splitft.engine.settings import SHARED_SERVER, ClientState, Federation
 from splitft.types import Plan
 
@@ -81,7 +82,7 @@ def close_round(run: Run, index: int, trained: Trained) -> Closed:
         text = f"the cut of client {client} goes back and forth: {cuts}; give the policy a wider dead band or a longer cool-down."
         warnings.append({"event": "warning", "round": index, "client": client, "text": text})
 
-    notes = {**state.notes, "cuts": remember_cuts(state.notes, trained.result.plans, warn)}
+    notes = {**state.notes, **trained.notes, "cuts": remember_cuts(state.notes, trained.result.plans, warn)}
     # A client that was lost goes back to what it had before the round.
     clients = {**state.clients, **{client: one for client, one in trained.result.states.items() if client not in trained.attended.lost}}
     if not any(contributes) and SHARED_SERVER in clients:
@@ -89,14 +90,28 @@ def close_round(run: Run, index: int, trained: Trained) -> Closed:
     nothing = Closed(_unchanged(run), False, state.adapters, clients, dict(state.synchronisation), notes, warnings, trained.pending)
     if not run.synchronisation.always:
         return _perhaps(run, index, trained, contributes, nothing)
-    updates = updates_of(federation, trained.result, contributes)
+    hidden = _sealed(run, index, trained, contributes, warnings) if run.secrecy is not None else None
+    updates = updates_of(federation, trained.result, contributes) if hidden is None else hidden.updates
     if updates is None or _too_few(run, index, updates, warnings):
         return nothing
     outcome = merge(run.aggregator, state.adapters, updates, state.aggregator, federation.split)
+    if hidden is not None:
+        outcome = replace(outcome, metrics={**outcome.metrics, **hidden.metrics})
     if federation.settings.server == "unaveraged":
         clients = _own_models(run, trained, contributes, outcome, clients)
     _note(run, outcome, notes)
     return Closed(outcome, True, outcome.adapters, clients, {}, notes, warnings, trained.pending)
+
+
+def _sealed(run: Run, index: int, trained: Trained, contributes: list[bool], warnings: list[dict[str, Any]]) -> Unsealed:
+    """The updates after secure aggregation: played here, unless it has been with clients elsewhere."""
+    assert run.secrecy is not None
+    found = trained.unsealed
+    if found is None:
+        found = sealed_updates(run.federation, trained.result, contributes, run.state.adapters, run.secrecy, run.folder.name, index)
+    warnings += [{"event": "warning", "round": index, "text": text} for text in found.notices]
+    trained.attended = trained.attended.with_uploads()
+    return found
 
 
 def _too_few(run: Run, index: int, updates: Updates, warnings: list[dict[str, Any]]) -> bool:

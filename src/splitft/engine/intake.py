@@ -33,7 +33,7 @@ class Session:
 
     `step` and `micro` name the micro-batch that is due next. `due`: an optimizer step waits for the client's part of the gradient norm.
     `in_pass`: a U-shaped pass waits for the client's gradient. `gone`: nothing more is expected of it. `short`: it was asked to end the
-    round early.
+    round early. `normaliser` is that of the step under way, `counted` the targets of its micro-batches so far.
     """
 
     ownership: Ownership
@@ -51,6 +51,8 @@ class Session:
     short: bool = False
     squared_norm: float = 0.0
     targets: int = 0
+    normaliser: int = 0
+    counted: int = 0
     labels: Known = field(default_factory=dict)
     adapters: AdapterStreams = field(default_factory=lambda: AdapterStreams(None, None, None))
     begun: Tensor | None = None
@@ -112,15 +114,11 @@ def step_up(session: Session, frame: Frame, federation: Federation, round_index:
         raise ProtocolError(f"client {session.client} sent another batch before the gradient of the last.", IN_ORDER)
     if fields.step >= plan.local_steps:
         raise ProtocolError(f"client {session.client} sent step {fields.step + 1} of {plan.local_steps}.", IN_ORDER)
-    if not fields.normaliser >= max(1, fields.targets):
-        raise ProtocolError(
-            f"client {session.client} names {fields.targets} targets of {fields.normaliser} in the step.",
-            "a step needs at least one target.",
-        )
     _check_norm(session, fields.squared_norm)
     sequences, samples = _sequences(session, frame, federation)
     packet = packet_of(frame, 0)
     total = sum(sequences)
+    _check_targets(session, fields, total, federation)
     if packet.shape != (total, federation.split.hidden_size):
         raise ProtocolError(
             f"client {session.client} sent a tensor of shape {packet.shape} for {total} tokens of width {federation.split.hidden_size}.",
@@ -142,6 +140,20 @@ def step_up(session: Session, frame: Frame, federation: Federation, round_index:
         if int((labels != IGNORE_LABEL).sum()) != fields.targets:
             raise ProtocolError(f"client {session.client} names {fields.targets} targets, its labels hold another number.", SAME_PLAN)
     return Arrival(session, fields, lengths, hidden, valid, labels, receiver, samples, known)
+
+
+def _check_targets(session: Session, fields: StepFields, tokens: int, federation: Federation) -> None:
+    """The targets of a step weigh its client's update, so they are counted: no more than tokens in a micro-batch, and together what every
+    micro-batch of the step has named."""
+    counted = (0 if fields.micro == 0 else session.counted) + fields.targets
+    last = fields.micro == federation.settings.gradient_accumulation - 1
+    same = fields.micro == 0 or fields.normaliser == session.normaliser
+    if not (fields.targets <= tokens and same and fields.normaliser >= max(1, counted) and (not last or counted == fields.normaliser)):
+        raise ProtocolError(
+            f"client {session.client} names {fields.targets} targets in a batch of {tokens} tokens, {counted} so far in the step, of "
+            f"{fields.normaliser}.",
+            "a step needs at least one target, and its micro-batches have them all.",
+        )
 
 
 def _sequences(session: Session, frame: Frame, federation: Federation) -> tuple[tuple[int, ...], Samples | None]:
@@ -221,7 +233,7 @@ def _check_alone(session: Session, end: RoundEnd, federation: Federation) -> Non
     """A client with the whole model trained out of sight: what it reports can only be bounded."""
     settings, plan = federation.settings, session.ownership.plan
     sequences = plan.local_steps * settings.gradient_accumulation * settings.batch_size
-    most = sequences * positions_of(federation)
+    most = sequences * (settings.row_tokens or positions_of(federation))
     if not 0 < end.tokens <= most:
         raise ProtocolError(
             f"client {session.client} reports {end.tokens} trained tokens; {plan.local_steps} steps have 1 to {most}.", SAME_PLAN

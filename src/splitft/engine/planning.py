@@ -19,6 +19,7 @@ from splitft.engine.exchange import Ownership
 from splitft.engine.ledger import Ledger
 from splitft.engine.merging import fold_bytes
 from splitft.engine.settings import ClientState
+from splitft.secure.cohorts import levelled
 from splitft.types import Observation, Plan
 
 if TYPE_CHECKING:
@@ -56,6 +57,8 @@ def prepare(run: Run, index: int, busy: frozenset[int] = frozenset(), here: Sequ
             refused[client] = wanted.cut
             policy_state = with_cut(policy_state, client, plan.cut)
         plans.append(with_exchange(run, replace(plan, dial=dial), index))
+    if run.secrecy is not None:
+        plans = _levelled(plans, refused, run.secrecy.minimum)
     steps = run.work.steps({plan.client: step_s(run, plan) for plan in plans}, rules.local_steps)
     plans = [replace(plan, local_steps=steps[plan.client]) for plan in plans]
     rank_state: Mapping[str, Any] = state.ranks
@@ -68,6 +71,14 @@ def prepare(run: Run, index: int, busy: frozenset[int] = frozenset(), here: Sequ
     for plan in plans:
         _add_traffic(run, plan, prepared)
     return prepared
+
+
+def _levelled(plans: Sequence[Plan], refused: dict[int, int], minimum: int) -> list[Plan]:
+    """The plans with no cut deeper than others can hide: a block at one client alone would be seen, or not be averaged."""
+    cuts = levelled({plan.client: plan.cut for plan in plans}, minimum)
+    changed = {plan.client: plan.cut for plan in plans if cuts.get(plan.client, plan.cut) != plan.cut}
+    refused.update({client: cut for client, cut in changed.items() if client not in refused})
+    return [replace(plan, cut=cuts.get(plan.client, plan.cut)) for plan in plans]
 
 
 def with_cut(policy: Mapping[str, Any], client: int, cut: int) -> dict[str, Any]:
@@ -104,6 +115,8 @@ def with_exchange(run: Run, plan: Plan, index: int) -> Plan:
         return replace(plan, download=not own, upload=False)
     if run.aggregator.resets:
         return replace(plan, download=False)  # fresh adapters follow from the seed
+    if run.secrecy is not None:
+        return replace(plan, upload=False)  # behind masks, when the round's training is over
     segments = run.aggregator.segments
     return replace(plan, segments=segments, segment=(plan.client + index) % segments) if segments > 1 else plan
 
@@ -122,7 +135,7 @@ def _add_traffic(run: Run, plan: Plan, prepared: Prepared) -> None:
     fetched_bytes = int(fetched) + fold_bytes(folds, before.folded, [*range(had), *tail])
     down = ownership.client_size(federation.layout, federation.trained)
     up = ownership.upload_size(federation.layout, federation.trained)
-    later = not run.synchronisation.always
+    later, word_bytes = not run.synchronisation.always or run.secrecy is not None, 4 if run.secrecy is None else 8
     down_moments, up_moments = _moved_moments(run, plan, before)
     prepared.moments[plan.client] = (down_moments, up_moments)
     prepared.traffic[plan.client] = Traffic(
@@ -130,7 +143,7 @@ def _add_traffic(run: Run, plan: Plan, prepared: Prepared) -> None:
         download_bytes=adapter_packet_bytes(federation.settings, down, up=False) if plan.download else 0,
         upload_bytes=adapter_packet_bytes(federation.settings, up, up=True) if plan.upload else 0,
         report_bytes=run.synchronisation.report_bytes + up_moments,
-        decided_later_bytes=HEADER_BYTES + 4 * up if later else 0,
+        decided_later_bytes=HEADER_BYTES + word_bytes * up if later else 0,
     )
     prepared.fetched_bytes[plan.client] = fetched_bytes
     prepared.clients[plan.client] = replace(before, deepest=max(before.deepest, plan.cut), folded=len(folds), cut=plan.cut)

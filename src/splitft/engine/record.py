@@ -11,6 +11,7 @@ from splitft.engine.attendance import Attended
 from splitft.engine.checkpoint import Pending
 from splitft.engine.evaluate import Score
 from splitft.engine.planning import Prepared
+from splitft.engine.secure_round import Unsealed
 from splitft.engine.settings import RoundResult
 from splitft.types import Observation
 
@@ -20,7 +21,8 @@ class Trained:
     """A round between training and aggregation. `truncated`: share of the global adapter's energy a client's ranks could not hold.
 
     Of an asynchronous round: `records` are what the journal says of the clients whose updates are merged (their training may lie
-    rounds back), `pending` the updates that are still on their way, and the round lasts from `start_s` to `end_s`.
+    rounds back), `pending` the updates that are still on their way, and the round lasts from `start_s` to `end_s`. `notes`: what is to be
+    remembered once the round is committed. `unsealed`: the updates, where they were aggregated securely with clients elsewhere.
     """
 
     prepared: Prepared
@@ -30,6 +32,8 @@ class Trained:
     records: list[dict[str, Any]] | None = None
     pending: dict[int, Pending] = field(default_factory=dict)
     span_s: tuple[float, float] | None = None
+    notes: dict[str, Any] = field(default_factory=dict)
+    unsealed: Unsealed | None = None
 
 
 def evaluation_event(index: int, total: Score, clients: Sequence[Score | None]) -> dict[str, Any]:

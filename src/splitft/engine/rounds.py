@@ -31,6 +31,7 @@ from splitft.engine.journal import Journal
 from splitft.engine.planning import Starting, count_moves, prepare
 from splitft.engine.points import Reached, nothing
 from splitft.engine.record import Trained, evaluation_event
+from splitft.engine.secure_round import Secrecy
 from splitft.engine.settings import ClientState, Federation, OnStep, RoundResult, Starts
 from splitft.ranks.base import RankPolicy
 from splitft.sync.base import Synchronisation
@@ -90,12 +91,16 @@ class Run:
     torn: bool = False
     on_step: OnStep = field(default=lambda count: None)
     on_stage: Callable[[str], None] = field(default=lambda name: None)
+    # Told of the seconds every commit takes.
+    on_commit: Callable[[float], None] = field(default=lambda seconds: None)
     # Of a federation whose clients are elsewhere: how a round is trained with them, and how their held-out rows are measured.
     conduct: Callable[[Run, int], Trained] | None = None
     measure: Callable[[Run, int, Tensor, str], dict[str, Any]] | None = None
     # The disk has refused a commit: wait for it and return to have it tried again, or raise.
     on_refused: Callable[[OSError], None] | None = None
     reached: Reached = nothing
+    # Clients' own blocks are aggregated securely.
+    secrecy: Secrecy | None = None
 
 
 @dataclass(frozen=True)
@@ -206,13 +211,15 @@ def score(run: Run, index: int, adapters: Tensor, clients: dict[int, ClientState
 
 def commit(run: Run, events: list[dict[str, Any]]) -> None:
     """Make the round permanent: journal first, then the checkpoint that points behind it."""
-    _insist(run, lambda: run.journal.append(*events))
+    started_s = monotonic_s()
+    insist(run, lambda: run.journal.append(*events))
     run.reached("journal_written")
     run.state.journal_bytes = run.journal.bytes
-    _insist(run, lambda: checkpoint.save(run.folder, run.state, run.rules.keep_checkpoints, run.federation.shelf, run.reached))
+    insist(run, lambda: checkpoint.save(run.folder, run.state, run.rules.keep_checkpoints, run.federation.shelf, run.reached))
+    run.on_commit(monotonic_s() - started_s)
 
 
-def _insist(run: Run, write: Callable[[], object]) -> None:
+def insist(run: Run, write: Callable[[], object]) -> None:
     """Write, again and again if whoever runs the federation would rather wait for the disk than lose a round."""
     while True:
         try:

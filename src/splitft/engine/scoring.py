@@ -7,7 +7,7 @@ the server's own machine is measured by evaluate.py; the sums agree to float tol
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -168,8 +168,9 @@ class Scorer:
         return round_frame(Type.ROUND_ACCEPTED, RoundAccepted(round=self.round, client=end.client)).encode()
 
 
-def measure(federation: Federation, client: int, opening: bytes) -> Talk:
-    """A client's side: its held-out rows through the model as the server asks. Raises ProtocolError on a wrong message."""
+def measure(federation: Federation, client: int, opening: bytes, inspect: Callable[[Tensor], None] = lambda vector: None) -> Talk:
+    """A client's side: its held-out rows through the model as the server asks; `inspect` is shown the adapters [q] first. Raises
+    ProtocolError on a wrong message."""
     frame = decode(opening)
     start: ScoreStart = frame.read(ScoreStart)
     plan = Plan(client, start.cut, 1, 1, start.exit_on_client, start.tail_blocks)
@@ -179,8 +180,10 @@ def measure(federation: Federation, client: int, opening: bytes) -> Talk:
     bank = AdapterBank(federation.layout, 1, federation.device)
     columns = ownership.client_columns(federation.layout)
     size = ownership.client_size(federation.layout)
+    vector = read_plain(packet_of(frame, 0), (size,)).float()
+    inspect(vector)
     with torch.no_grad():
-        put(bank.values[0], columns, read_plain(packet_of(frame, 0), (size,)).float().to(federation.device))
+        put(bank.values[0], columns, vector.to(federation.device))
     rows = federation.clients[client].held_out
     taken = rows.select(range(start.max_rows)) if 0 < start.max_rows < len(rows) else rows
     sums = [0.0, 0, 0]

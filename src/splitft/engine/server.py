@@ -89,10 +89,10 @@ class Server:
             adapters=AdapterStreams.open(federation.settings, one, self.plan.round, state.streams, federation.start),
         )
 
-    def reopen(self, client: int, state: ClientState | None = None) -> list[tuple[int, bytes]]:
+    def reopen(self, client: int, state: ClientState | None = None) -> Served:
         """Take a client back to the beginning of the round, as if it had sent nothing: it was restarted. `state` replaces what it began
         with. Answers whom it has kept waiting in a pass."""
-        replies = self.abandon(client)
+        served = self.abandon(client)
         row, plan = self.sessions[client].row, self.sessions[client].ownership.plan
         self.before[client] = self.before[client] if state is None else state
         fresh = load_moments([self.before[client]], self.federation.layout, self.federation.settings, self.federation.device, [plan])
@@ -100,9 +100,9 @@ class Server:
         self.moments.steps[row] = fresh.steps[0]
         self.bank.gradients[row].zero_()
         self.sessions[client] = self._begin(row, plan)
-        return replies
+        return served
 
-    def abandon(self, client: int) -> list[tuple[int, bytes]]:
+    def abandon(self, client: int) -> Served:
         """Expect nothing more of a client. Others in its open pass no longer wait for it: their answers."""
         session = self.sessions[client]
         session.finished = session.gone = True
@@ -110,8 +110,8 @@ class Server:
             position = next(k for k, arrival in enumerate(waiting.arrivals) if arrival.session is session)
             if position not in waiting.gradients:
                 waiting.gradients[position] = torch.zeros_like(torch.split(waiting.final.detach(), _rows(waiting))[position])
-                return self._complete(waiting).replies
-        return []
+                return self._complete(waiting)
+        return Served()
 
     def opening(self, client: int) -> Frame:
         """The message that opens the round for a client; to be asked for once each time its session begins."""
@@ -149,8 +149,7 @@ class Server:
     def handle(self, messages: Sequence[tuple[int, Buffer]]) -> list[tuple[int, bytes]]:
         """Answer the (client, message) pairs that are waiting, in client order.
 
-        Raises ProtocolError or CodecError naming the client of the first bad message; then none of the messages has been applied.
-        """
+        Raises ProtocolError or CodecError naming the client of the first bad message; none of the messages has been applied then."""
         checked = _Turn()
         for client, data in _one_each(messages):
             self._check(client, data, checked)
@@ -219,6 +218,8 @@ class Server:
             self._close_step(session, arrival.fields.squared_norm)
             self.bank.gradients[session.row].zero_()
             session.targets += arrival.fields.normaliser
+            session.normaliser, session.counted = arrival.fields.normaliser, 0
+        session.counted += arrival.fields.targets
 
     def _groups(self, arrivals: list[Arrival]) -> list[list[Arrival]]:
         """Which sessions share a pass: those with the same exit; alone in deterministic mode. Within a pass: by cut, then client."""

@@ -38,7 +38,8 @@ class TrainSettings:
     `server`: whose adapters the server's blocks have: one set per client ("per_client", and "unaveraged", where the clients' own parts
     are never averaged), or one set for all, stepped with all batches together ("shared"), after every single batch, clients in turn
     ("alternating"), or client after client ("sequential"). At a U-shape's exit activations take the uplink's codec and gradients the
-    downlink's unless others are given. `row_tokens`: the most tokens a row has (0: as many as the model has positions).
+    downlink's unless others are given. `secret`: what a client elsewhere draws the noise on what it sends from, known to nobody else (0: the
+    seed, which everybody knows). `row_tokens`: the most tokens a row has (0: as many as the model has positions).
     """
 
     batch_size: int
@@ -57,6 +58,7 @@ class TrainSettings:
     row_tokens: int = 0
     exit_downlink: Codec | None = None
     exit_uplink: Codec | None = None
+    secret: int = 0
 
     @cached_property
     def codecs(self) -> tuple[Codec, Codec, Codec, Codec]:

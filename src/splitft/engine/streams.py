@@ -83,7 +83,7 @@ def open_step_streams(
     for place, codec in zip(PLACES, settings.codecs, strict=True):
         if before is not None and (found := before.at(place, form_of(codec, plan), codec)) is not None:
             ends[place] = found
-    return open_streams(settings.codecs_at(plan.dial), settings.seed, plan.client, round_index, ends)
+    return open_streams(settings.codecs_at(plan.dial), settings.seed, plan.client, round_index, ends, settings.secret)
 
 
 def states_after(settings: TrainSettings, plan: Plan, streams: Sequence[Stream]) -> StreamStates:

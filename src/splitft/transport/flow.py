@@ -22,9 +22,13 @@ from splitft.transport.outbox import Outbox
 from splitft.transport.pipe import Pipe
 from splitft.transport.values import Counts, Limits, Message, Timing
 
+# What a server may ask of a client, and how many beats of it a client waits for.
+SHORTEST_HEARTBEAT_S, LONGEST_HEARTBEAT_S, SILENT_BEATS = 0.005, 600.0, 3.0
 LEAST_BYTES_PER_S = 1 << 10
 LONGEST_ACKNOWLEDGE_S = 0.1
 FAREWELL_S = 5.0
+# The other side may be told to beat, and to lose patience, sooner than this one: it hears something for every so many of its beats.
+BEATS_TO_ANSWER = 3
 SHORTEST_TICK_S = 0.005
 # Sessions of one server beat together, at so many moments of a heartbeat; the other side waits so much longer before it beats unasked.
 BEATS_PER_HEARTBEAT = 2
@@ -89,9 +93,18 @@ class Flow:
         self._tick_handle: asyncio.TimerHandle | None = None
         self._acknowledge_handle: asyncio.TimerHandle | None = None
         self._beat = self._waiting = self._over = False
+        self._unanswered = 0
         self._farewell: tuple[bytes, Ending] | None = None
         self.heard_s = self._spoke_s = loop.time()
         self._mark = (0.0, 0)
+
+    def follow(self, heartbeat_s: float) -> None:
+        """Give signs of life as often as the server does, and wait for its own long enough. Raises ProtocolError for a mad pace."""
+        if not SHORTEST_HEARTBEAT_S <= heartbeat_s <= LONGEST_HEARTBEAT_S:
+            raise ProtocolError(f"the server asks for a sign of life every {heartbeat_s} s.", "Talk to its operator.")
+        beat_s = min(self._timing.heartbeat_s, heartbeat_s)
+        self._timing = replace(self._timing, heartbeat_s=beat_s, liveness_s=max(self._timing.liveness_s, SILENT_BEATS * heartbeat_s))
+        self._heartbeat_s = min(FOLLOW * beat_s, self._timing.liveness_s / 2)
 
     @property
     def progress(self) -> int:
@@ -208,7 +221,7 @@ class Flow:
         piece, received, released = self.outbox.next(), self.inbox.received, self.inbox.released
         if piece is None and not self._beat:
             return None
-        self._beat, self._told = False, (received, released)
+        self._beat, self._told, self._unanswered = False, (received, released), 0
         if piece is None:
             return encode(Form.BEAT, sequence=self.outbox.before, received=received, released=released)
         return encode(
@@ -268,7 +281,8 @@ class Flow:
         if chunk.form is Form.BEAT:
             if chunk.sequence > self.inbox.received:
                 raise Damaged(f"message {self.inbox.received + 1} of {chunk.sequence} is missing")
-            if self.loop.time() - self._spoke_s >= self._timing.heartbeat_s / 2:
+            self._unanswered += 1
+            if self._unanswered >= BEATS_TO_ANSWER or self.loop.time() - self._spoke_s >= self._timing.heartbeat_s / 2:
                 self._acknowledge_now()
         elif chunk.form is Form.CLOSE:
             close = read_note(Close, chunk.piece)

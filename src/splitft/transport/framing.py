@@ -70,13 +70,15 @@ class Hello(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=
 
 
 class Welcome(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """The server's answer; `greeting` is empty where a session is resumed."""
+    """The server's answer; `greeting` is empty where a session is resumed. `heartbeat_s`: how often the server gives a sign of life, and
+    wants one."""
 
     server: bytes
     epoch: int
     received: int
     filled: int
     greeting: bytes
+    heartbeat_s: float
 
 
 class Close(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):

@@ -78,6 +78,8 @@ class Link:
         self._address, self._tls, self._hello = address, tls, hello
         self._limits, self._timing, self._on_change, self._waits = limits, timing, on_change, waits
         self._limit_bytes = limits.buffer_bytes
+        # Called while `send` waits for room; what it raises ends the wait.
+        self.look: Callable[[], None] = lambda: None
         self._conversation: _Conversation | None = None
 
     # From any thread
@@ -108,7 +110,7 @@ class Link:
         """How many sessions this identity has had at the server, this one included; 0 before the first."""
         return self._conversation.epoch if self._conversation is not None else 0
 
-    def renew(self, tls: ClientTls) -> None:
+    def renew(self, tls: ClientTls | None) -> None:
         """Show `tls` from the next connection on."""
         self._tls = tls
 
@@ -146,10 +148,12 @@ class Link:
                 with self._waits.waiting("room to send", self._address) if self._waits else nullcontext():
                     while held.posted - held.flow.outbox.credit >= self._limits.window and held.end is None:
                         held.room.wait(SLICE_S)
+                        self.look()
             if held.end is not None:
                 raise held.end
             held.posted += 1
-            held.flow.mail.post(partial(held.flow.push, kind, payload))
+        # Outside: it wakes the event loop, which takes this lock when messages move.
+        held.flow.mail.post(partial(held.flow.push, kind, payload))
 
     def receive(self, timeout_s: float) -> Message | None:
         """The next message, None after `timeout_s`. Raises SessionLost, Refused or SessionClosed once all that came has been taken."""
@@ -273,6 +277,7 @@ class Link:
         if made.server:
             flow.resumed()
         made.server, made.epoch = welcome.server, welcome.epoch
+        flow.follow(welcome.heartbeat_s)
         flow.attach(pipe, welcome.received, welcome.filled)
         if not made.welcome.done():
             made.welcome.set_result(welcome.greeting)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -28,6 +28,8 @@ NONCE_BYTES = 16
 DOOR_THREADS = 4
 REMEMBERED_ENDS = 1000
 START_S = 30.0
+# Connections of one certificate that may be without a greeting at a time: a quarter of all, between these bounds.
+LEAST_GREETING, MOST_GREETING = 4, 64
 WAIT_SLICE_S = 0.01
 LOST = Close("gone", "the server does not know this session.", "Start a new one.", lost=True)
 
@@ -58,6 +60,7 @@ class Listener:
         self._epochs: dict[str, int] = {}
         self._ends: OrderedDict[bytes, Close] = OrderedDict()
         self._streams = self._carried = 0
+        self._greeting: Counter[bytes] = Counter()
         self._draining = False
         self._server: Any = None
 
@@ -135,7 +138,7 @@ class Listener:
                 await self._refuse(pipe, Close("full", f"the server has its {self._limits.connections} connections.", "Try again later."))
                 return
             peer = self._peer(context)
-            answer = await self._greet(pipe, peer)
+            answer = await self._admitted(pipe, peer)
             if isinstance(answer, Close):
                 await self._refuse(pipe, answer)
                 return
@@ -148,6 +151,21 @@ class Listener:
             await context.abort(self._grpc.StatusCode.DEADLINE_EXCEEDED, f"no greeting within {self._timing.connect_s} s")
         finally:
             self._streams -= 1
+
+    async def _admitted(self, pipe: Pipe, peer: Peer) -> tuple[Hello, Admitted] | Close:
+        """The greeting and the door's answer. One certificate may not fill the door with streams that say nothing."""
+        holder = peer.certificate_pem
+        if holder is None:
+            return await self._greet(pipe, peer)
+        if self._greeting[holder] >= min(MOST_GREETING, max(LEAST_GREETING, self._limits.connections // 4)):
+            return Close("full", "too many connections of this certificate wait for their greeting.", "Try again later.")
+        self._greeting[holder] += 1
+        try:
+            return await self._greet(pipe, peer)
+        finally:
+            self._greeting[holder] -= 1
+            if not self._greeting[holder]:
+                del self._greeting[holder]
 
     async def _refuse(self, pipe: Pipe, close: Close) -> None:
         with contextlib.suppress(TimeoutError):
@@ -194,7 +212,8 @@ class Listener:
             session.forget.cancel()
             session.forget = None
         session.peer = peer
-        welcome = Welcome(self._instance, session.epoch, flow.inbox.received, flow.inbox.filled, b"" if resumed else admitted.welcome)
+        words, heartbeat_s = b"" if resumed else admitted.welcome, float(self._timing.heartbeat_s)
+        welcome = Welcome(self._instance, session.epoch, flow.inbox.received, flow.inbox.filled, words, heartbeat_s)
         # Attached before the welcome is written, so that nobody else takes the session meanwhile; the flow writes it first.
         flow.attach(pipe, hello.received, hello.filled, list(pieces(Form.WELCOME, pack_note(welcome), self._limits.chunk_bytes)))
         if resumed:

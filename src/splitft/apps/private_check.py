@@ -1,0 +1,58 @@
+"""After a private run: did clients train anything under the noise, and is what was exported what was measured?"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from splitft.aggregate.base import State
+from splitft.aggregate.private import STILL, UPDATES
+from splitft.apps.report_record import load_record
+from splitft.apps.session import FederatedRun
+from splitft.engine.rounds import score
+from splitft.errors import AdapterError
+from splitft.peft_format import read_adapter
+
+# The same model over the same rows: only the file's numbers stand between the two losses.
+TOLERANCE = 1e-5
+
+
+def verify_after(run: FederatedRun) -> dict[str, Any]:
+    """The event `privacy_checked` of a finished private run whose adapter is written.
+
+    Raises AdapterError when no client's update moved (noise alone moves the adapter, so looking at that would show nothing), or when the
+    exported adapter does not give the loss of the last evaluation.
+    """
+    state = run.state
+    updates, still = _counts(state.aggregator)
+    if updates > 0 and still >= updates:
+        raise AdapterError(
+            f"of {updates} private updates none moved: clients trained nothing, and the adapter is noise.",
+            "check train.learning_rate, lora.targets, and that the model's adapters receive gradients.",
+        )
+    folder = run.folder / "adapter"
+    stored = read_adapter(folder, run.assembly.base.anatomy.blocks_path)
+    row = run.assembly.federation.layout.row(stored.factors)
+    found = score(run.engine, state.round, row, state.clients, "check the export")["global"]["loss"]
+    measured = [one.overall.loss for one in load_record(run.folder / "journal.jsonl").evaluations if one.round == state.round]
+    if not measured or measured[-1] is None or not math.isclose(found, measured[-1], rel_tol=TOLERANCE):
+        raise AdapterError(
+            f"{folder} gives a held-out loss of {found!r}, and the run measured {measured[-1] if measured else None!r}.",
+            "the exported adapter is not the one that was measured: do not use it, and report this.",
+        )
+    return {
+        "event": "privacy_checked",
+        "round": state.round,
+        "updates": updates,
+        "moved": updates - still,
+        "loss": measured[-1],
+        "export_loss": found,
+    }
+
+
+def _counts(state: State) -> tuple[int, int]:
+    """Updates that were merged, and those of them that were no change at all; whichever rule stands outside the private one."""
+    found = {name: int(tensor) for name, tensor in state.items() if name.endswith((UPDATES, STILL))}
+    return sum(value for name, value in found.items() if name.endswith(UPDATES)), sum(
+        value for name, value in found.items() if name.endswith(STILL)
+    )

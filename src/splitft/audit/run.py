@@ -1,0 +1,254 @@
+"""One audit: every attacker at every cut asked for, within a budget of seconds for each cut.
+
+Axes: s sequences, t tokens, p adapter parameters, v vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from splitft.audit.base import FIRST, LATER, Attack, Audit, Case, CutAudit, Finding, Floors, Options
+from splitft.audit.bottom import Bottom
+from splitft.audit.forward import Gauge, Rule, Search, Verifier, measure
+from splitft.audit.gradient import client_step, counted_labels, read_labels
+from splitft.audit.public import frequencies, shuffled
+from splitft.audit.ridge import Inverter, directions, learn
+from splitft.audit.scores import floors_of, rare_tokens, score
+from splitft.audit.tap import Tap
+from splitft.audit.verdict import verdict_of
+from splitft.clock import monotonic_s
+from splitft.data.base import TokenRows
+from splitft.engine.exchange import Ownership
+from splitft.lora import AdapterBank, Layout
+
+OpenTap: TypeAlias = Callable[[Case, int], Tap]
+CALIBRATION_SEQUENCES = 8
+# A wire with an error above this share of a standard deviation hides some tokens from the nearest-state attack: then others are tried too.
+NOISY = 0.1
+# Share of tokens on which the ridge and a search agree from which on nothing else is tried; the attacker sees it too.
+AGREED = 0.98
+# Shares of a cut's seconds by which learning, the attacks of K and those of B have ended.
+LEARNT, KNOWN, BASE = 0.4, 0.7, 0.95
+# Of these shares where labels are attacked too.
+WITH_LABELS = 0.6
+# Multiplications of the public text by the blocks of one attacker, at most: what a processor core does in some 20 s.
+PUBLIC_WORK = 8e11
+
+
+def own_tap(case: Case, cut: int) -> Tap:
+    """The run's own codecs at a cut."""
+    return Tap(case.settings, case.plan, cut)
+
+
+def bank_of(case: Case, row: Tensor) -> AdapterBank:
+    """A bank with one row: the adapter [p]."""
+    device = case.split.model.get_input_embeddings().weight.device
+    assert isinstance(device, torch.device)
+    bank = AdapterBank(case.layout, 1, device)
+    with torch.no_grad():
+        bank.values.copy_(row[None].to(device))
+    return bank
+
+
+def changes_nothing(layout: Layout, row: Tensor, first_block: int, end_block: int) -> bool:
+    """Whether the adapters [p] of some blocks have no effect: all their B are zero, as before training."""
+    inside = [entry for entry in layout.entries if first_block <= entry.key.block < end_block]
+    return not any(bool(row[entry.middle : entry.end].any()) for entry in inside)
+
+
+def public_sequences(case: Case, options: Options, cut: int) -> int:
+    """How many public sequences fit the work of one attacker: fewer for a large bottom."""
+    blocks = [case.split._blocks[block] for block in range(cut)]
+    weights = sum(parameter.numel() for block in blocks for parameter in block.parameters())
+    fitting = int(PUBLIC_WORK / max(1, weights * case.private.shape[1]))
+    return max(min(options.public_sequences, 128), min(options.public_sequences, fitting))
+
+
+def audit(case: Case, options: Options, cuts: Sequence[int] = (), open_tap: OpenTap = own_tap, gradients: bool = True) -> Audit:
+    """Attack the case at its own cut, or at all of `cuts`. Equal arguments give equal findings where the seconds suffice."""
+    began_s = monotonic_s()
+    wanted = sorted(set(cuts or (case.plan.cut,)))
+    labels_sent = not case.plan.exit_on_client
+    floors = floors_of(case)
+    share = WITH_LABELS if gradients and not labels_sent else 1.0
+    attack = _Attack(case, options, wanted, open_tap, floors, share=share)
+    forward = attack.forward()
+    audits = []
+    for cut in wanted:
+        made = forward[cut]
+        if gradients and not labels_sent:
+            made = attack.with_labels(made)
+        audits.append(replace(made, verdict=verdict_of(made.findings, floors, labels_sent)))
+    findings = [one for made in audits for one in made.findings]
+    return Audit(
+        tuple(audits),
+        floors,
+        labels_sent,
+        case.private.shape[0],
+        case.private.shape[1],
+        verdict_of(findings, floors, labels_sent),
+        tuple(attack.notes),
+        monotonic_s() - began_s,
+    )
+
+
+def leak_by_cut(case: Case, cuts: Sequence[int], options: Options | None = None) -> dict[int, float]:
+    """Token accuracy of the attacker that knows the adapter, at each cut: what a policy with a bound on leaks goes by.
+
+    Depth hardly moves it. Where labels are sent it is the forward attack's all the same: a bound on the labels is not the cut's to keep.
+    """
+    made = _Attack(case, options or Options(), sorted(set(cuts)), own_tap, floors_of(case), ("K",)).forward()
+    return {cut: max(one.figures.accuracy for one in found.findings) for cut, found in made.items()}
+
+
+@dataclass
+class _Attack:
+    """The parts that attackers and cuts share."""
+
+    case: Case
+    options: Options
+    cuts: list[int]
+    open_tap: OpenTap
+    floors: Floors
+    attackers: tuple[Attack, ...] = ("K", "B")
+    share: float = 1.0
+    notes: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        case = self.case
+        self.table = directions(case.split.model.get_input_embeddings().weight, case.vocabulary)
+        self.frequency = frequencies(case.public, case.vocabulary)
+        self.rare = rare_tokens(self.frequency, case.notable)
+        self.bank = bank_of(case, case.adapters)
+        self.count = public_sequences(case, self.options, max(self.cuts))
+        # Lies apart from what is learnt from: the wire's error is measured on it.
+        self.public = shuffled(case.public, self.count + CALIBRATION_SEQUENCES, self.options.seed)
+        kept = min(CALIBRATION_SEQUENCES, max(1, len(self.public) // 4))
+        self.sample = torch.from_numpy(self.public.batch(range(kept))[0])[:, : case.private.shape[1]]
+        self.learnt_from: TokenRows = self.public.select(range(kept, len(self.public)))
+
+    def forward(self) -> dict[int, CutAudit]:
+        """K and B at all cuts. Public text passes through the blocks once for each attacker, whatever the number of cuts."""
+        began_s, seconds = monotonic_s(), self.share * self.options.seconds * len(self.cuts)
+        taps = {cut: self.open_tap(self.case, cut) for cut in self.cuts}
+        alike = changes_nothing(self.case.layout, self.case.adapters, 0, max(self.cuts))
+        attackers = [one for one in self.attackers if one == "K" or not alike]
+        inverters: dict[Attack, dict[int, Inverter]] = {}
+        for number, attacker in enumerate(attackers):
+            until_s = began_s + LEARNT * seconds * (number + 1) / len(attackers)
+            bottom = Bottom(self.case.split, self._bank(attacker), max(self.cuts))
+            inverters[attacker] = learn(bottom, taps, self.learnt_from, self.table, self.case.vocabulary, until_s)
+        if alike and "B" in self.attackers:
+            self.notes.append("the adapters change nothing yet: the base weights are all there is to know")
+        learning_s = (monotonic_s() - began_s) / len(self.cuts)
+        made = {}
+        for cut in self.cuts:
+            made[cut] = self._at_cut(cut, taps[cut], {one: inverters[one][cut] for one in attackers}, learning_s)
+        return made
+
+    def _bank(self, attacker: Attack) -> AdapterBank | None:
+        return self.bank if attacker in ("K", "L") else None
+
+    def _at_cut(self, cut: int, tap: Tap, inverters: Mapping[Attack, Inverter], learning_s: float) -> CutAudit:
+        began_s = monotonic_s() - learning_s
+        arrived = self._arrived(cut, tap)
+        findings: list[Finding] = []
+        found: dict[Attack, Tensor] = {}
+        error = 0.0
+        for attacker, inverter in inverters.items():
+            bottom = Bottom(self.case.split, self._bank(attacker), cut)
+            gauge = measure(bottom, tap, inverter, self.sample)
+            error = gauge.relative if attacker == "K" else error
+            until_s = began_s + self.share * self.options.seconds * (KNOWN if attacker == "K" else BASE)
+            for number, (visit, observed) in enumerate(arrived.items()):
+                now_s = monotonic_s()
+                verifier = Verifier(bottom, inverter, gauge, self.table, observed, self.options, self.frequency, self.sample)
+                end_s = now_s + max(0.0, until_s - now_s) * (number + 1) / len(arrived)
+                family = self._family(attacker, verifier, gauge, end_s)
+                finding, best = self._finding(attacker, cut, visit, family, inverter.penalty, monotonic_s() - now_s)
+                if attacker not in found or finding.figures.accuracy > max(
+                    one.figures.accuracy for one in findings if one.attacker == attacker
+                ):
+                    found[attacker] = best
+                findings.append(finding)
+        if "B" in self.attackers and "B" not in inverters:
+            findings += [replace(one, attacker="B", seconds=0.0) for one in findings]
+            found["B"] = found["K"]
+        learnt = next(iter(inverters.values())).sequences
+        spent_s = monotonic_s() - began_s
+        return CutAudit(cut, tuple(findings), verdict_of(findings, self.floors, False), error, learnt, spent_s, found)
+
+    def _arrived(self, cut: int, tap: Tap) -> dict[str, Tensor]:
+        """What arrives [s t d] of the private sample, by visit: the later one under the adapter of now, after one under the earlier."""
+        ids = self.case.private
+        now = Bottom(self.case.split, self.bank, cut).hidden(ids)
+        arrived = {FIRST: tap.private(now)}
+        if tap.remembers:
+            again = self.open_tap(self.case, cut)
+            again.private(Bottom(self.case.split, bank_of(self.case, self.case.earlier), cut).hidden(ids))
+            arrived[LATER] = again.private(now)
+        return arrived
+
+    def _family(self, attacker: Attack, verifier: Verifier, gauge: Gauge, until_s: float) -> dict[str, Search]:
+        """The attacks of one attacker, best known first; those that time does not allow are left out."""
+        tokens = verifier.scores.shape[1]
+        ridge = verifier.by_ridge
+        family = {"ridge": Search(ridge, torch.zeros(ridge.shape, dtype=torch.bool), tokens)}
+        rules: list[Rule] = ["exact"] if attacker == "K" else ["fused", "fused with prior", "nearest"]
+        if attacker == "K" and gauge.relative > NOISY:
+            rules += ["posterior", "fused"]
+        elif attacker == "B" and gauge.relative > NOISY:
+            rules += ["posterior"]
+        for number, rule in enumerate(rules):
+            now_s = monotonic_s()
+            if number and now_s > until_s:
+                break
+            family[rule] = verifier.search(rule, until_s)
+            if float((family[rule].found == ridge).double().mean()) >= AGREED:
+                break  # two attacks that share no more than a shortlist say the same
+        return family
+
+    def _finding(
+        self, attacker: Attack, cut: int, visit: str, family: Mapping[str, Search], penalty: float, seconds: float
+    ) -> tuple[Finding, Tensor]:
+        """The best of a family, with its text [s t]."""
+        true = self.case.private
+        counted = torch.ones(true.shape, dtype=torch.bool)
+        figures = {name: score(search.found, true, counted, self.rare) for name, search in family.items()}
+        best = max(figures, key=lambda name: figures[name].accuracy)
+        verified = next((search for name, search in family.items() if name != "ridge"), family["ridge"])
+        accuracies = {name: one.accuracy for name, one in figures.items()}
+        unresolved = float(verified.unresolved[:, : verified.positions].double().mean()) if verified.positions else 1.0
+        if verified.positions < true.shape[1]:
+            self.notes.append(f"cut {cut}, {attacker}: {verified.positions} of {true.shape[1]} positions verified in the time given")
+        made = Finding(attacker, cut, visit, figures[best], accuracies, unresolved, verified.positions, penalty, seconds)
+        return made, family[best].found
+
+    def with_labels(self, made: CutAudit) -> CutAudit:
+        """The findings at a cut with those about the labels of a U-shape beside them."""
+        case, began_s = self.case, monotonic_s()
+        returned = client_step(case, self.bank, made.cut)
+        end = Ownership(replace(case.plan, cut=made.cut), case.split.blocks).server_end
+        alike = changes_nothing(case.layout, case.adapters, end, case.split.blocks)
+        counted = counted_labels(returned.labels)
+        true = torch.where(counted, returned.labels, 0)
+        findings, found = list(made.findings), dict(made.found)
+        attackers: tuple[Attack, ...] = ("L",) if alike else ("L", "L base")
+        for attacker in attackers:
+            now_s = monotonic_s()
+            until_s = now_s + (1 - WITH_LABELS) * self.options.seconds / len(attackers)
+            labels, reached = read_labels(case.split, self._bank(attacker), end, returned, until_s)
+            inside = counted & (torch.arange(labels.shape[1]) >= labels.shape[1] - reached)
+            figures = score(labels, true, inside, self.rare)
+            if reached < labels.shape[1]:
+                self.notes.append(f"cut {made.cut}, {attacker}: labels of the last {reached} positions only in the time given")
+            family = {"direction": figures.accuracy}
+            seconds = monotonic_s() - now_s
+            findings.append(Finding(attacker, made.cut, FIRST, figures, family, 0.0, reached, None, seconds))
+            found[attacker] = labels
+        return replace(made, findings=tuple(findings), found=found, seconds=made.seconds + monotonic_s() - began_s)
