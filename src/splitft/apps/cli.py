@@ -1,6 +1,6 @@
 """The command line. Each command imports what it needs when it runs, so `splitft --help` answers at once.
 
-run   demo   plan   compare   report   export   server   client   enroll   doctor   cite
+run   demo   plan   compare   report   export   server   client   enroll   audit   doctor   cite
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import typer
 
 from splitft import __version__
 from splitft.apps import console
+from splitft.apps.audit_command import audit
 from splitft.apps.enroll_command import enroll_app
 from splitft.errors import CheckpointError, ConfigError
 from splitft.toml import format_value
@@ -31,6 +32,7 @@ app = typer.Typer(
 )
 
 app.add_typer(enroll_app)
+app.command()(audit)
 
 ConfigAndOverrides = Annotated[
     list[str] | None,

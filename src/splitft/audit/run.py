@@ -239,9 +239,10 @@ class _Attack:
         true = torch.where(counted, returned.labels, 0)
         findings, found = list(made.findings), dict(made.found)
         attackers: tuple[Attack, ...] = ("L",) if alike else ("L", "L base")
-        for attacker in attackers:
+        left_s = max((1 - WITH_LABELS) * self.options.seconds, self.options.seconds - made.seconds)
+        for number, attacker in enumerate(attackers):
             now_s = monotonic_s()
-            until_s = now_s + (1 - WITH_LABELS) * self.options.seconds / len(attackers)
+            until_s = now_s + max(0.0, began_s + left_s - now_s) / (len(attackers) - number)
             labels, reached = read_labels(case.split, self._bank(attacker), end, returned, until_s)
             inside = counted & (torch.arange(labels.shape[1]) >= labels.shape[1] - reached)
             figures = score(labels, true, inside, self.rare)

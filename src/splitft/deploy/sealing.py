@@ -28,7 +28,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from splitft.clock import monotonic_s
 from splitft.deploy.certificates import Holder, check_dates, check_issued, public_bytes, read_certificate
 from splitft.deploy.disk import read_bounded, write_atomically
-from splitft.deploy.letters import pack, read
+from splitft.deploy.letters import Letter, Refused, pack, read
 from splitft.errors import ConfigError, PolicyError, ProtocolError, SplitftError
 from splitft.secure.client import SealedClient
 from splitft.secure.cohorts import Range
@@ -248,7 +248,10 @@ class SealingMember:
         self.client: SealedClient | None = None
 
     def answer(self, kind: int, payload: bytes) -> tuple[int, bytes]:
-        """Number and bytes of the answer to a letter. Raises ProtocolError, IdentityError or PolicyError, and has given nothing away."""
+        """Number and bytes of the answer to a letter, which may be REFUSED.
+
+        Raises ProtocolError, IdentityError or PolicyError, and has given nothing away.
+        """
         if kind == SealedLetter.SEALED_TERMS:
             return self._reply(self._begin(payload))
         form = TO_CLIENT.get(kind)
@@ -256,7 +259,10 @@ class SealingMember:
             raise ProtocolError(f"letter {kind} before the terms of a sealing.", SAME_VERSION)
         letter: ToClient = read(form, payload)
         if isinstance(letter, Survivors):
-            self.pledges.keep(self.index, letter.clients)
+            try:
+                self.pledges.keep(self.index, letter.clients)
+            except ProtocolError as problem:  # of an honest server after a restart as well: no reason to leave
+                return Letter.REFUSED, pack(Refused(self.index, problem.message[:2000], problem.remedy))
         return self._reply(self.client.answer(letter))
 
     def _begin(self, payload: bytes) -> ToServer:
