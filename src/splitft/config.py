@@ -16,6 +16,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from splitft.config_checks import Problem, cross_check, plain_fault, problems_of
 from splitft.config_federation import FederationSection
 from splitft.config_fields import Count, CountOrZero, Decay, NotNegative, Section, Share
+from splitft.config_secure import SecureAggregationSection
 from splitft.config_values import Values, merge_overrides, resolve_paths, without
 from splitft.errors import ConfigError
 from splitft.toml import read_toml, write_toml
@@ -180,6 +181,11 @@ class SplitSection(Section):
     )
     minimum_cut: Count = Field(1, description="Fewest blocks any policy leaves on a client: a shallow cut is easier to read back.")
     maximum_cut: CountOrZero = Field(0, description="Most blocks any policy puts on a client; 0: all.")
+    max_leak: Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False)] = Field(
+        1.0,
+        description="Largest share of a client's tokens that an attacker who knows the adapter may recover at a cut, measured before the "
+        "run begins (docs/privacy.md); 1 allows any.",
+    )
     tail_blocks: CountOrZero = Field(0, description='Last blocks kept on the client behind the server; needs labels = "client".')
 
 
@@ -312,6 +318,7 @@ class RunConfig(Section):
     controller: Component = _component("fixed", "How coarse the codecs are from round to round, within a budget of quality.")
     aggregator: Component = _component("average", "How updates become the next global adapters.")
     synchronisation: Component = _component("every_round", "Whether a round ends with an aggregation.")
+    secure_aggregation: SecureAggregationSection = Field(default_factory=SecureAggregationSection)
     evaluate: EvaluateSection = Field(default_factory=EvaluateSection)
     engine: EngineSection = Field(default_factory=EngineSection)
     federation: FederationSection = Field(default_factory=FederationSection)

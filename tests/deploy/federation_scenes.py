@@ -191,6 +191,7 @@ class Scene:
         workshop = ClientWorkshop(
             lambda: source_of(data, {}), policy or ClientPolicy(), ModelCache(home / "cache"), "cpu", None, 1000, name, home / "adapter"
         )
+        workshop.tls = tls
         hello = pack(Hello(PROTOCOL_MAJOR, PROTOCOL_MINOR, "test", name, takeover, list(OFFERED)))
         waits = Waits()
         link = link_of(f"127.0.0.1:{port or self.port}", tls, lambda: hello, Limits(), timing, waits=waits)

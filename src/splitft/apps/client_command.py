@@ -116,6 +116,7 @@ def join(options: ClientOptions) -> Finished:
             options.identity / "adapter",
             show.listen,
             server_fingerprint=fingerprint_of(shown),
+            tls=None if identity is None else identity.tls,
         )
         hello = pack(Hello(PROTOCOL_MAJOR, PROTOCOL_MINOR, __version__, name, options.takeover, list(OFFERED)))
         waits = Waits()

@@ -22,12 +22,14 @@ from splitft.data.base import ClientData, Source
 from splitft.data.federate import own_share
 from splitft.data.order import BatchOrder
 from splitft.deploy.cache import ModelCache
+from splitft.deploy.certificates import read_certificate, read_key
 from splitft.deploy.disk import read_private, write_atomically, write_private
 from splitft.deploy.letters import MAX_LETTER_BYTES, Finished, PartInfo, Ready, Welcome
 from splitft.deploy.parts import check_table, verify_local, wanted_parts
 from splitft.deploy.policy import ClientPolicy, check_adapters, check_gradient, check_round, check_score, check_welcome
+from splitft.deploy.sealing import Insider
 from splitft.engine.settings import Federation
-from splitft.errors import ConfigError, ProtocolError
+from splitft.errors import ConfigError, IdentityError, ProtocolError
 from splitft.lora import Layout
 from splitft.messages import RoundStart, ScoreStart
 from splitft.models.anatomy import block_count
@@ -36,6 +38,7 @@ from splitft.models.load import BUILDING, causal_class, load_model, load_model_c
 from splitft.rng import fresh_bytes
 from splitft.selfcheck import inspect_family
 from splitft.split import SplitModel
+from splitft.transport.tls import ClientTls
 
 FetchBytes = Callable[[str, int], bytes]
 Say = Callable[[str, dict[str, Any]], None]
@@ -62,6 +65,7 @@ class ClientWorkshop:
     adapter_folder: Path = Path("adapter")
     say: Say = lambda event, facts: None
     server_fingerprint: str = ""
+    tls: ClientTls | None = None
     settled: Welcome | None = None
     _split: SplitModel | None = None
     _held: tuple[frozenset[int], bool] = (frozenset(), False)
@@ -213,6 +217,7 @@ class ClientWorkshop:
             "clip_norm": start.clip_norm != train.clip_norm,
             "rates": any(rate > train.learning_rate * (1 + 1e-9) for rate in start.rates),
             "dial": (start.activations_dial, start.gradients_dial) != (1.0, 1.0),
+            "upload": start.upload and self.config.secure_aggregation.enabled,
             "segments": start.segments != self.components.aggregator.segments,
         }
         if named := [name for name, is_wrong in wrong.items() if is_wrong]:
@@ -225,6 +230,16 @@ class ClientWorkshop:
         announced = (split.labels == "client", split.tail_blocks, evaluate.batch_size, evaluate.max_rows)
         if (start.exit_on_client, start.tail_blocks, start.batch_size, start.max_rows) != announced:
             raise ProtocolError(f"measurement {start.round} differs from what the server announced.", "ask its operator.")
+
+    def insider(self, seat: int) -> Insider | None:
+        """This client's standing in secure aggregation; None where the run has none. Raises IdentityError without a certificate."""
+        if not self.config.secure_aggregation.enabled:
+            return None
+        if self.tls is None:
+            raise IdentityError("secure aggregation needs certificates, and this client has none.", "enrol: splitft enroll join")
+        authority = read_certificate(self.tls.root_pem, "the authority's certificate")
+        certificate = read_certificate(self.tls.certificate_pem)
+        return Insider(seat, certificate, read_key(self.tls.key_pem, "the private key"), authority)
 
     def check_gradient(self, gradient: Tensor) -> None:
         check_gradient(self.policy, gradient)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from splitft.apps.secrecy import secrecy_clashes
+
 if TYPE_CHECKING:
     from splitft.apps.assemble import Components
     from splitft.config import RunConfig
@@ -18,6 +20,7 @@ def clashes_of(config: RunConfig, built: Components) -> Iterator[str]:
     yield from _of_merging(config, built)
     yield from _of_privacy(config, built)
     yield from _of_codecs(config, built)
+    yield from secrecy_clashes(config.secure_aggregation, config, built)
     if config.engine.store == "disk" and config.engine.name == "workers":
         yield 'engine.store = "disk" needs cohorts that take turns: engine.name = "workers" has all clients in memory at once'
     if config.model.device_map and config.engine.name == "ray":
@@ -140,6 +143,8 @@ def _of_codecs(config: RunConfig, built: Components) -> Iterator[str]:
         )
     if built.controller.fixed:
         return
+    if config.split.max_leak < 1.0:
+        yield f'controller "{config.controller.name}" turns the codecs that split.max_leak was measured with: choose one of the two'
     if asynchronous(config):
         yield f'controller "{config.controller.name}" goes by what a whole round gave, which clients.buffer does not have: set it to 0'
     used = [built.uplink, built.downlink, *([built.exit_downlink, built.exit_uplink] if config.split.labels == "client" else [])]

@@ -65,6 +65,8 @@ def serve(config: RunConfig, insecure: bool = False, quiet: bool = False, logs: 
         stream = stack.enter_context((folder / "server.log").open("a", encoding="utf-8"))
         handler = log_to(stream, "json" if logs == "json" else "text")
         stack.callback(logging.getLogger("splitft").removeHandler, handler)
+        if identity is None and config.secure_aggregation.enabled:
+            raise ConfigError("secure aggregation needs certificates: without them nobody knows whose keys are whose.", "drop --insecure.")
         house = House(config, run, identity, stopping)
         stack.callback(house.close)
         house.open()

@@ -55,6 +55,7 @@ SHARED_SECTIONS = (
     "adapter_uplink",
     "adapter_downlink",
     "aggregator",
+    "secure_aggregation",
     "evaluate",
 )
 ENGINE = "federation"
@@ -132,6 +133,8 @@ def unfit(config: RunConfig, built: Components) -> Iterator[str]:
         yield "clients.buffer: rounds of a federation are synchronous, with a deadline and a quorum; set it to 0"
     if not built.controller.fixed:
         yield f'controller "{config.controller.name}" probes clients\' data, which a server does not have; "fixed" does not'
+    if config.split.max_leak < 1.0:
+        yield "split.max_leak is measured on clients' text, which a server does not have: clients can run splitft audit themselves"
     if config.lora.adapter:
         yield "lora.adapter: clients begin with a fresh adapter; leave it empty"
     if config.clients.count < 1:

@@ -14,8 +14,10 @@ import torch
 
 from splitft import __version__
 from splitft.apps.assemble import Assembly, OnStage, assemble
+from splitft.apps.leak_limit import bounded
 from splitft.apps.privacy_setup import cautions, private_in
 from splitft.apps.report_files import write_atomically
+from splitft.apps.secrecy import secrecy_of
 from splitft.apps.signals import asked_to_stop
 from splitft.clock import utc_now
 from splitft.config import RunConfig, load_config
@@ -57,8 +59,13 @@ class FederatedRun:
         self.listen = listen
         self.folder = resume if resume is not None else Path(config.run.folder) / config.name
         self._claim(resume is None)
-        self.config = config
         try:
+            told = ""
+            if resume is None:  # afterwards the saved configuration has what was found
+                if config.split.max_leak < 1.0:
+                    listen("stage", {"name": "measure what the cuts leak"})
+                config, told = bounded(config)
+            self.config, self._told = config, told
             torch.set_num_threads(config.engine.threads or torch.get_num_threads())
             self.assembly = build(config, lambda name: listen("stage", {"name": name}), self.folder)
             if config.engine.deterministic and self.assembly.base.device.type == "cuda":
@@ -125,6 +132,8 @@ class FederatedRun:
         journal.append(started_event(built, state))
         for text in cautions(self.config, built.components.aggregator):
             journal.append({"event": "warning", "round": 0, "text": text})
+        if self._told:
+            journal.append({"event": "warning", "round": 0, "text": self._told})
         state.journal_bytes = journal.bytes
         checkpoint.save(self.folder, state, self.config.run.keep_checkpoints)
         return self._make(state, journal)
@@ -163,6 +172,7 @@ class FederatedRun:
             state,
         )
         same_cohorts(built, state)
+        run.secrecy = secrecy_of(built.config.secure_aggregation)
         run.on_step = lambda count: self.listen("step", {"count": count})
         run.on_stage = lambda name: self.listen("stage", {"name": name})
         return run

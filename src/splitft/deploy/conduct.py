@@ -91,7 +91,7 @@ class Conductor:
             result.ledger.add(client, "down", "weights", self._fetched(client))
         attended = attended_of(run, index, prepared, result, played)
         notes = {MEMBERS: self._members_after(run, index, played), "update_norms": played.norms.remembered(played.lost)}
-        return Trained(prepared, attended, result, starting.truncated, notes=notes)
+        return Trained(prepared, attended, result, starting.truncated, notes=notes, unsealed=played.unsealed)
 
     def _attempt(self, run: Run, index: int, ledger: Ledger) -> tuple[Prepared, Round, RoundResult, Starting]:
         """A round from its plan to its updates, of however many come through."""
@@ -236,7 +236,7 @@ class Conductor:
         if record.evaluation is not None:
             self.host.status.round_done(record.evaluation)
 
-    def send(self, client: int, kind: Letter, payload: bytes) -> bool:
+    def send(self, client: int, kind: int, payload: bytes) -> bool:
         """Send to a seat; false when nobody is there any more."""
         seat = self.host.seats.get(client)
         if seat is None or seat.session is None:

@@ -16,7 +16,8 @@ from splitft.engine.planning import Prepared
 from splitft.engine.settings import RoundResult
 
 if TYPE_CHECKING:
-    from splitft.deploy.round import Part, Round
+    from splitft.deploy.part import Part
+    from splitft.deploy.round import Round
     from splitft.engine.rounds import Run
 
 

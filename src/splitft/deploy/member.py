@@ -11,10 +11,9 @@ from collections import Counter, deque
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import msgspec
-from torch import Tensor
 
 from splitft.clock import monotonic_s
 from splitft.deploy.letters import (
@@ -27,7 +26,6 @@ from splitft.deploy.letters import (
     Open,
     Opened,
     Part,
-    Ready,
     Refused,
     Report,
     Welcome,
@@ -35,10 +33,13 @@ from splitft.deploy.letters import (
     read,
 )
 from splitft.deploy.moments import given, moments_packet
+from splitft.deploy.sealing import FROM_SERVER, Pledges, SealingMember
 from splitft.deploy.snapshots import Snapshots
+from splitft.deploy.workshop import Workshop
 from splitft.engine.client import Client
 from splitft.engine.scoring import measure
-from splitft.engine.settings import ClientState, Federation
+from splitft.engine.secure_round import own_ranges
+from splitft.engine.settings import ClientState
 from splitft.errors import CheckpointError, ExcludedError, Interrupted, PolicyError, ProtocolError, SplitftError, UnreachableError
 from splitft.messages import RoundStart, ScoreStart, Type, decode
 from splitft.transport.base import NEXT, NOTHING, Posted, Talk
@@ -48,7 +49,7 @@ from splitft.transport.values import Refused as TransportRefused
 from splitft.waits import Waits
 
 Listen = Callable[[str, dict[str, Any]], None]
-FetchBytes = Callable[[str, int], bytes]
+
 LOOK_S = 0.5
 DISK_PAUSE_S = 2.0
 # Letters that may come in between while a piece of the model is waited for.
@@ -57,30 +58,6 @@ OPEN_S = 5.0
 KNOCK_S = 30.0
 # How often a server may open the same round for the same purpose.
 MOST_OPENINGS = 100
-
-
-class Workshop(Protocol):
-    """What the federation's configuration and the client's own data and machine make of a client."""
-
-    def settle(self, welcome: Welcome, fetch: FetchBytes) -> Ready:
-        """Check the welcome against the policy, tokenise the data; raises PolicyError, DataError, ModelError, ResourceError."""
-
-    def federation(self, seat: int, cut: int, tail_blocks: int, exit_on_client: bool, fetch: FetchBytes) -> Federation:
-        """The client's part of the model in slots, its weights fetched if need be."""
-
-    def limit_bytes(self) -> int:
-        """The largest message that the server has reason to send."""
-
-    def check_round(self, start: RoundStart) -> None: ...
-
-    def check_score(self, start: ScoreStart) -> None: ...
-
-    def check_gradient(self, gradient: Tensor) -> None: ...
-
-    def check_adapters(self, vector: Tensor) -> None: ...
-
-    def keep_adapter(self, finished: Finished, fetch: FetchBytes) -> Path | None:
-        """Fetch the joined adapter, if the server shares it."""
 
 
 class _Another(Exception):  # noqa: N818 - a turn of events, not a fault
@@ -123,6 +100,7 @@ class Member:
         self.seat = -1
         self.waiting_s = 0.0
         self.round: int = 0
+        self.sealing: SealingMember | None = None
 
     def run(self) -> Finished:
         """Until the run is over. Raises Interrupted when asked to stop, ExcludedError, PolicyError, and what a refused door raises."""
@@ -147,14 +125,15 @@ class Member:
                 self.knock()
 
     def _enter(self, welcome: Welcome) -> None:
-        self.seat = welcome.seat
+        self.seat, self.run_name, self.sealing = welcome.seat, welcome.run, None
         self.listen("welcome", {"welcome": welcome})
         self.link.limit_bytes = PART_BYTES + MAX_LETTER_BYTES
         ready = self.workshop.settle(welcome, self.fetch)
         self.link.limit_bytes = max(self.link.limit_bytes, self.workshop.limit_bytes())
         # A run's name may come back; what belongs together is the run, the seat, the model and the text.
         named = hashlib.sha256(f"{welcome.run}\0{welcome.seat}\0{welcome.model}\0{ready.data}".encode()).hexdigest()[:16]
-        self.snapshots = Snapshots(self.folder / named, ready.data)
+        self.kept = self.folder / named
+        self.snapshots = Snapshots(self.kept, ready.data)
         self.link.send(Letter.READY, pack(msgspec.structs.replace(ready, snapshots=self.snapshots.list())))
         self.listen("ready", {"rounds": welcome.rounds, "round": welcome.round})
 
@@ -163,6 +142,8 @@ class Member:
             message = self._next("the next round")
             if message.kind == Letter.OPEN:
                 self._work(read(Open, message.payload))
+            elif message.kind in FROM_SERVER:
+                self._seal(message)
             elif message.kind == Letter.FINISHED:
                 finished = read(Finished, message.payload)
                 if finished.over:
@@ -230,8 +211,25 @@ class Member:
         client.window = self.window
         client.inspect_gradient, client.inspect_adapters = self.workshop.check_gradient, self.workshop.check_adapters
         self.link.send(Letter.OPENED, pack(Opened(opened.round, moments=moments)))
+        insider = self.workshop.insider(self.seat)
+        if insider is not None and opened.returns[0] < opened.returns[1]:
+            raise PolicyError("the server asks for moments of blocks that secure aggregation hides.", "talk to its operator.")
         self._drive(client.round(opened.frame), client)
+        if insider is not None:
+            row = client.bank.values[0].detach().cpu().numpy()
+            columns = own_ranges(federation, client.plan)
+            self.sealing = SealingMember(insider, self.run_name, opened.round, columns, row, client.targets, Pledges(self.kept / "sealed"))
         self.listen("done", {"round": opened.round, "loss": client.step_losses[-1] if client.step_losses else None})
+
+    def _seal(self, message: Message) -> None:
+        """Answer a letter of secure aggregation. What is wrong with it ends this client: nobody honest sends such letters."""
+        try:
+            if self.sealing is None:
+                raise ProtocolError(f"letter {message.kind} of a sealing this client is not in.", "check the server's version.")
+            self.link.send(*self.sealing.answer(message.kind, bytes(message.payload)))
+        except SplitftError as problem:
+            self.link.send(Letter.REFUSED, pack(Refused(self.round, problem.message[:2000], problem.remedy[:2000], final=True)))
+            raise
 
     def _state_for(self, opened: Open) -> ClientState:
         """What the server says to begin from. Raises CheckpointError when it is not there."""

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from splitft.clock import monotonic_s
@@ -14,16 +13,19 @@ from splitft.deploy.letters import Finish, Letter, Open, Refused, Report, pack, 
 from splitft.deploy.letters import Opened as OpenedLetter
 from splitft.deploy.moments import moments_packet, put_moments
 from splitft.deploy.norms import UpdateNorms
+from splitft.deploy.part import Part
 from splitft.deploy.round_result import checked_report, message_limit, result_of
+from splitft.deploy.sealed_round import seal_round
 from splitft.engine.ledger import Ledger
 from splitft.engine.planning import Prepared
+from splitft.engine.secure_round import Unsealed
 from splitft.engine.server import Served, Server
 from splitft.engine.settings import ClientState, RoundResult, Starts
 from splitft.errors import CodecError, ProtocolError, SplitftError
 from splitft.messages import PACKET_KINDS, Frame, RoundEnd, Type, decode
 from splitft.transport.session import Arrived, Closed, Event, Opened
 from splitft.transport.values import Message
-from splitft.types import Direction, Plan, RoundPlan
+from splitft.types import Direction, RoundPlan
 
 if TYPE_CHECKING:
     from splitft.deploy.conduct import Conductor
@@ -36,27 +38,6 @@ TIMELINE_STEPS = 2
 MOST_OPENINGS = 50
 # Bytes that are progress: signs of life take hours for as many.
 PROGRESS_BYTES = 64 << 10
-
-
-@dataclass
-class Part:
-    """How far one participant is. `waiting`: frames that have come and are not served. Seconds are since the round began; at
-    `moved_s` it last came forward, when its session had received `moved_bytes`."""
-
-    plan: Plan
-    stage: str = "absent"
-    waiting: deque[tuple[Message, float]] = field(default_factory=deque)
-    report: Report | None = None
-    steps: int = 0
-    openings: int = 0
-    asked_s: float = math.inf
-    moved_s: float = 0.0
-    moved_bytes: int = 0
-    finish_s: float = 0.0
-    served_s: float = 0.0
-    queued_s: float = 0.0
-    spans: list[tuple[str, float, float]] = field(default_factory=list)
-    replied_s: float = 0.0
 
 
 class Round:
@@ -80,6 +61,7 @@ class Round:
         self.ledger = ledger
         self.digests: dict[int, str] = {}
         self.lost: set[int] = set()
+        self.unsealed: Unsealed | None = None
         self.parts = {client: Part(plan) for client, plan in self.plans.items()}
         known = [float(one) for one in run.state.notes.get("update_norms", [])]
         self.norms = UpdateNorms(known, conductor.section.update_norm_factor)
@@ -112,6 +94,7 @@ class Round:
             if self.parts[client].stage == "ended":
                 self.parts[client].stage = "training"  # it was accepted before there was anything to hold it against
                 self._refuse(client, problem)
+        self.unsealed = None if self.run.secrecy is None else seal_round(self)
         return result_of(self)
 
     def _missing(self) -> str:
@@ -348,6 +331,11 @@ class Round:
         self.conductor.host.status.seat(client, state="lost")
         self.conductor.host.status.event("warning", f"lost to round {self.index}: {why}", client)
         self._after(self.server.abandon(client))
+
+    def drop(self, client: int, why: str) -> None:
+        """A participant that had ended is lost after all."""
+        self.parts[client].stage = "training"
+        self._lose(client, why)
 
     def _forget(self, part: Part) -> None:
         for message, _ in part.waiting:

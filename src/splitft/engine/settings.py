@@ -38,8 +38,8 @@ class TrainSettings:
     `server`: whose adapters the server's blocks have: one set per client ("per_client", and "unaveraged", where the clients' own parts
     are never averaged), or one set for all, stepped with all batches together ("shared"), after every single batch, clients in turn
     ("alternating"), or client after client ("sequential"). At a U-shape's exit activations take the uplink's codec and gradients the
-    downlink's unless others are given. `secret`: what a client elsewhere draws the noise on what it sends from, known to nobody else (0: the
-    seed, which everybody knows). `row_tokens`: the most tokens a row has (0: as many as the model has positions).
+    downlink's unless others are given. `secret`: what a client elsewhere draws the noise on what it sends from, and nobody else knows (0:
+    the seed, which everybody knows). `row_tokens`: the most tokens a row has (0: as many as the model has positions).
     """
 
     batch_size: int

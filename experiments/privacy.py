@@ -1,0 +1,120 @@
+"""What cut, codec, noise, bottleneck and tail buy and cost: one table of leak, perplexity and bytes for a model.
+
+    python -m experiments.privacy                          the embedded model, about ten minutes on two cores
+    python -m experiments.privacy --model FOLDER           another one
+
+Every row is a whole run (`splitft run`) and an audit of its end (`splitft audit`); rows that are there already are kept. Results go to
+experiments/results/privacy-NAME.json and, as a table, to standard output.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+BASE = [
+    "rounds=3",
+    "clients.count=4",
+    "tokens.block_tokens=64",
+    "train.local_steps=20",
+    "train.learning_rate=2e-3",
+    "lora.targets=all",
+    "policy.name=fixed",
+    "engine.threads=1",
+]
+BOTTLENECK = 'uplink={name="projection",dimensions=%d,inner={name="cast"}}'
+
+
+def rows(blocks: int, width: int) -> dict[str, list[str]]:
+    """Name -> overrides. The middle cut unless the row is about cuts."""
+    middle, quarter = blocks // 2, width // 4
+    cut = f"policy.cuts=[{middle}]"
+    noisy = 'uplink={name="noise",clip=0,multiple=%g,inner={name="cast"}}'
+    both = 'uplink={name="noise",clip=0,multiple=%g,inner={name="projection",dimensions=%d,inner={name="cast"}}}'
+    client = ["split.labels=client"]
+    return {
+        "cut 1": ["policy.cuts=[1]"],
+        f"cut {middle}": [cut],
+        f"cut {blocks - 1}": [f"policy.cuts=[{blocks - 1}]"],
+        "int8": [cut, 'uplink={name="quantize",bits=8}'],
+        "int4": [cut, 'uplink={name="quantize",bits=4}'],
+        "noise 0.5 rms": [cut, noisy % 0.5],
+        "noise 1 rms": [cut, noisy % 1.0],
+        "noise 2 rms": [cut, noisy % 2.0],
+        f"bottleneck {quarter} of {width}": [cut, BOTTLENECK % quarter],
+        f"bottleneck {quarter // 2} of {width}": [cut, BOTTLENECK % (quarter // 2)],
+        f"bottleneck {quarter}, noise 1 rms": [cut, both % (1.0, quarter)],
+        "U-shape, head": [cut, *client],
+        "U-shape, one block": [cut, *client, "split.tail_blocks=1"],
+    }
+
+
+def command(*arguments: str) -> None:
+    subprocess.run([sys.executable, "-m", "splitft", *arguments], check=True, stdout=subprocess.DEVNULL)
+
+
+def measured(name: str, overrides: list[str], folder: Path, model: str) -> dict[str, Any]:
+    """One row: train, audit, read what both left."""
+    run = folder / name.replace(" ", "-").replace(",", "").replace(".", "_")
+    shutil.rmtree(run, ignore_errors=True)
+    command("run", "--quiet", "--name", run.name, *BASE, f"model.path={model}", f"run.folder={folder}", *overrides)
+    command("audit", str(run), "--quiet", "--sequences", "4", "--tokens", "48", "--seconds", "25")
+    events = [json.loads(line) for line in (run / "journal.jsonl").read_text("utf-8").splitlines()]
+    scored = [event["global"] for event in events if event["event"] == "evaluation"]
+    trained = [event for event in events if event["event"] == "round"]
+    sent = sum(sum(sum(kinds.values()) for kinds in one["bytes"].values()) for event in trained for one in event["clients"])
+    audit = json.loads((run / "audit.json").read_text("utf-8"))
+    found: dict[str, float] = {}
+    for one in audit["cuts"][0]["findings"]:  # the best of first and later visits
+        found[one["attacker"]] = max(found.get(one["attacker"], 0.0), one["figures"]["accuracy"])
+    return {
+        "before": scored[0]["perplexity"],
+        "perplexity": scored[-1]["perplexity"],
+        "bytes": sent,
+        "leaks": found,
+        "labels_sent": audit["labels_sent"],
+        "verdict": audit["verdict"],
+        "floors": audit["floors"],
+        "notes": audit["notes"],
+    }
+
+
+def table(results: dict[str, Any]) -> str:
+    """The rows as Markdown."""
+    lines = ["| uplink, cut, tail | perplexity | MB | K, adapter known | B, base only | labels |", "|---|---:|---:|---:|---:|---:|"]
+    for name, one in results["rows"].items():
+        leaks = one["leaks"]
+        labels = "sent" if one["labels_sent"] else " / ".join(f"{leaks[key]:.3f}" for key in ("L", "L base") if key in leaks)
+        ways = [f"{leaks[key]:.3f}" if key in leaks else "" for key in ("K", "B")]
+        lines.append(f"| {name} | {one['perplexity']:.1f} | {one['bytes'] / 1e6:.1f} | {ways[0]} | {ways[1]} | {labels} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="embedded")
+    parser.add_argument("--folder", type=Path, default=Path("runs/privacy"))
+    chosen = parser.parse_args()
+    from splitft.models.load import load_model_config
+
+    text = load_model_config(chosen.model).get_text_config()
+    name = Path(chosen.model).name
+    path = RESULTS / f"privacy-{name}.json"
+    results: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.is_file() else {"model": name, "base": BASE, "rows": {}}
+    for row, overrides in rows(int(text.num_hidden_layers), int(text.hidden_size)).items():
+        if row in results["rows"]:
+            continue
+        results["rows"][row] = measured(row, overrides, chosen.folder / name, chosen.model)
+        path.write_text(json.dumps(results, indent=1) + "\n", "utf-8")
+        print(row, results["rows"][row]["perplexity"], results["rows"][row]["leaks"], file=sys.stderr)
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()
