@@ -27,6 +27,7 @@ from splitft.compress.error_bounded import ErrorBounded
 from splitft.compress.feedback import Feedback
 from splitft.compress.identity import Identity
 from splitft.compress.lowrank import LowRank
+from splitft.compress.noise import Noise
 from splitft.compress.projection import Projection
 from splitft.compress.quantize import Quantize
 from splitft.compress.randk import RandK
@@ -49,6 +50,7 @@ STACKS: dict[str, tuple[str, Codec]] = {
     "topk": ("`topk` 10 % over `cast`", TopK()),
     "feedback": ("`feedback` over `topk` 10 %", Feedback(TopK())),
     "randk": ("`randk` 10 %", RandK()),
+    "noise cast": ("`noise` (0.5 of a row's rms) over `cast`", Noise(Cast(), clip=0.0, multiple=0.5)),
     "entropy cast": ("`entropy` over `cast`", Entropy(Cast())),
     "entropy int4": ("`entropy` over `quantize` 4 bits", Entropy(Quantize(bits=4))),
 }

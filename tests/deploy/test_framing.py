@@ -84,7 +84,7 @@ def test_nonsense_with_a_right_checksum_is_a_lie(data: bytes, says: str) -> None
 
 
 def test_notes_come_back() -> None:
-    for note in (Hello(b"p" * 16, b"", 3, 4, b"hi"), Welcome(b"s" * 16, 2, 7, 0, b""), Close("busy", "text", "remedy", True)):
+    for note in (Hello(b"p" * 16, b"", 3, 4, b"hi"), Welcome(b"s" * 16, 2, 7, 0, b"", 5.0), Close("busy", "text", "remedy", True)):
         assert read_note(type(note), pack_note(note)) == note
 
 

@@ -78,7 +78,7 @@ def test_a_refused_client_stays_refused_with_its_session() -> None:
 
 GREETINGS = {
     "not a hello": encode(Form.DATA, b"abc", kind=1, sequence=1),
-    "a welcome": encode(Form.WELCOME, pack_note(Welcome(b"s" * 16, 1, 0, 0, b""))),
+    "a welcome": encode(Form.WELCOME, pack_note(Welcome(b"s" * 16, 1, 0, 0, b"", 5.0))),
     "other magic": sealed(magic=b"SFS9", form=Form.HELLO),
     "no note": encode(Form.HELLO, b"\xc1\xc1\xc1"),
     "no text": encode(Form.HELLO, b""),

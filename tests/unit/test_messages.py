@@ -23,6 +23,8 @@ from splitft.messages import (
     RoundAccepted,
     RoundEnd,
     RoundStart,
+    ScoreEnd,
+    ScoreStart,
     StepFields,
     Type,
     decode,
@@ -38,8 +40,16 @@ START = RoundStart(
 END = RoundEnd(round=3, client=1, tokens=77, squared_norm=0.5, loss_sum=2.25)
 ACCEPTED = RoundAccepted(round=3, client=1)
 STEP = StepFields(3, 1, 5, 0, 40, 20, 0.25, 1.5)
-STEP_TYPES = [Type.STEP_UP, Type.HIDDEN_DOWN, Type.GRADIENT_UP, Type.STEP_DOWN]
-ROUND_FIELDS = {Type.ROUND_START: START, Type.ROUND_END: END, Type.ROUND_ACCEPTED: ACCEPTED}
+SCORE_START = ScoreStart(3, 1, 2, 0, False, 8, 0)
+SCORE_END = ScoreEnd(3, 1, 12.5, 4, 9)
+STEP_TYPES = [Type.STEP_UP, Type.HIDDEN_DOWN, Type.GRADIENT_UP, Type.STEP_DOWN, Type.SCORE_UP, Type.SCORE_DOWN]
+ROUND_FIELDS = {
+    Type.ROUND_START: START,
+    Type.ROUND_END: END,
+    Type.ROUND_ACCEPTED: ACCEPTED,
+    Type.SCORE_START: SCORE_START,
+    Type.SCORE_END: SCORE_END,
+}
 
 
 def packet(count: int = 3) -> bytes:
@@ -117,7 +127,7 @@ def test_another_program_is_told_from_another_version() -> None:
     assert "another program" in str(caught.value)
 
 
-@pytest.mark.parametrize("number", [0, 8, 255])
+@pytest.mark.parametrize("number", [0, len(Type) + 1, 255])
 def test_unknown_types_are_refused(number: int) -> None:
     data = bytearray(example(Type.STEP_UP).encode())
     data[4] = number
