@@ -67,3 +67,17 @@ def test_an_export_that_is_not_what_was_measured_is_found_out(tmp_path: Path) ->
         save_file({name: tensor if "lora_A" in name else tensor + 0.5 for name, tensor in tensors.items()}, file)
         with pytest.raises(AdapterError, match="the run measured"):
             verify_after(run)
+
+
+def test_the_report_tells_the_whole_claim_and_the_key_is_nobody_elses(tmp_path: Path) -> None:
+    with closing(trained(tmp_path)) as run:
+        page = (run.folder / "report.html").read_text(encoding="utf-8")
+        assert "Client-level differential privacy, epsilon" in page
+        assert "It does not cover what the server sees" in page
+        for path in (run.folder / "checkpoints").glob("round-*/*"):
+            assert path.stat().st_mode & 0o077 == 0, path
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    with closing(FederatedRun(tiny_config(plain))) as run:
+        list(run.rounds())
+        assert "epsilon" not in (run.finish() / "report.html").read_text(encoding="utf-8").split("<h2")[0]

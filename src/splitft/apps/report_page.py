@@ -29,6 +29,7 @@ from splitft.apps.report_text import (
     shorten,
     utc_text,
 )
+from splitft.privacy.claim import SCOPE, claim_of
 from splitft.toml import write_toml
 
 OPEN_WARNINGS = 5
@@ -62,7 +63,7 @@ def render_page(record: RunRecord, leakage: str = LEAKAGE_NOTE) -> str:
     optional = ("aggregation", "codecs")
     sections = [(key, title, figures) for key, title, figures in sections if figures or tables.get(key) or key not in optional]
     keys = [key for key, _, _ in sections]
-    notes = f'<p class="note" role="note">{escape(leakage)}</p>{_warnings(record)}'
+    notes = f'<p class="note" role="note">{escape(leakage)}</p>{_claim(record)}{_warnings(record)}'
     body = [_PATTERNS, _header(record, [*keys, "configuration"]), f"<main>{_key_figures(record)}", notes]
     for key, title, figures in sections:
         inner = "".join(_figure(figure) for figure in figures)
@@ -82,6 +83,12 @@ def render_page(record: RunRecord, leakage: str = LEAKAGE_NOTE) -> str:
     )
     page = f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head>\n<body>\n' + "\n".join(body) + "\n</body></html>\n"
     return _by_real_clock(page) if record.started.clock == "measured" else page
+
+
+def _claim(record: RunRecord) -> str:
+    """What a private run may say of itself: all of it or nothing."""
+    claim = claim_of(record.rounds[-1].metrics) if record.rounds else None
+    return "" if claim is None else f'<p class="note" role="note">{escape(claim[:1].upper() + claim[1:])}. {escape(SCOPE)}</p>'
 
 
 def _by_real_clock(page: str) -> str:

@@ -118,12 +118,14 @@ def save(folder: Path, state: RunState, keep: int, shelf: Shelf | None = None, r
     target, temporary = parent / f"round-{state.round:05d}", parent / f".round-{state.round:05d}.part"
     if temporary.exists():
         shutil.rmtree(temporary)
-    temporary.mkdir()
+    temporary.mkdir(mode=0o700)  # a private run's state holds the key of its noise
     reached("checkpoint_begun")
     digest = tensor_file.write(temporary / "tensors.safetensors", tensors_of(state), *([] if shelf is None else [shelf.rest]))
     reached("tensors_written")
     facts = {**facts_of(state), "sha256": digest}
     (temporary / "state.json").write_text(json.dumps(facts) + "\n", encoding="utf-8")
+    for name in ("tensors.safetensors", "state.json"):
+        (temporary / name).chmod(0o600)
     reached("state_written")
     for path in (temporary / "tensors.safetensors", temporary / "state.json", temporary):
         _sync(path)
