@@ -28,11 +28,11 @@ setup: $(READY) ## make .venv with everything the demo and the tests need (done 
 demo: $(READY) ## train the embedded model over a few simulated clients and write a report
 	@$(BIN)/splitft demo
 
-test: $(READY) ## run the tests, two processes of one thread each
-	$(BIN)/python -m pytest -n 2 -q $(ARGS)
+test: $(READY) ## run the tests, three processes of one thread each: some wait for a network
+	$(BIN)/python -m pytest -n 3 -q $(ARGS)
 
 chaos: $(READY) ## kill, cut and pause federations of real processes for a quarter of an hour (ARGS="--chaos-seed 7")
-	$(BIN)/python -m pytest -q -m chaos tests/chaos $(ARGS)
+	$(BIN)/python -m pytest -q -m chaos tests/chaos tests/deploy $(ARGS)
 
 check: $(READY) ## style, types, import layers
 	$(BIN)/ruff check .

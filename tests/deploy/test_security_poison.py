@@ -19,7 +19,7 @@ from .federation_scenes import adapters_of, events_of, federation_values, scene
 from .hostile import Said, bent, in_frames
 from .security_runs import honest_alone, honest_first, merged
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = [pytest.mark.timeout(120), pytest.mark.chaos]
 SEATS = 5
 RUN: dict[str, Any] = {
     "rounds": 3,
