@@ -170,7 +170,7 @@ def test_demo_and_test_run_offline_in_the_environment(tree: Tree) -> None:
         (bin_folder / name).chmod(0o755)
     assert tree.make("-s", "demo").stdout == "splitft demo offline=1 threads=\n"
     tested = tree.make("-s", "test", "ARGS=-x").stdout.splitlines()[-1]
-    assert tested.startswith("python -m pytest -n 2")
+    assert tested.startswith("python -m pytest -n 3")
     assert tested.endswith("-x offline=1 threads=1")
 
 
