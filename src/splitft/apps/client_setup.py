@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -24,7 +25,7 @@ from splitft.data.order import BatchOrder
 from splitft.deploy.cache import ModelCache
 from splitft.deploy.certificates import read_certificate, read_key
 from splitft.deploy.disk import read_private, write_atomically, write_private
-from splitft.deploy.letters import MAX_LETTER_BYTES, Finished, PartInfo, Ready, Welcome
+from splitft.deploy.letters import MAX_LETTER_BYTES, Finished, Ready, Welcome
 from splitft.deploy.parts import check_table, verify_local, wanted_parts
 from splitft.deploy.policy import ClientPolicy, check_adapters, check_gradient, check_round, check_score, check_welcome
 from splitft.deploy.sealing import Insider
@@ -251,8 +252,6 @@ class ClientWorkshop:
         """The joined adapter as stock PEFT reads it, in `adapter_folder`."""
         if not finished.adapter:
             return None
-        import hashlib
-
         self.adapter_folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         for part in finished.adapter:
             name = part.name.removeprefix("adapter:")
@@ -295,7 +294,3 @@ def read_config(text: str) -> RunConfig:
 def _same(one: Welcome, other: Welcome) -> bool:
     """Whether a client that comes back is told what it was told before."""
     return (one.run, one.seat, one.model, one.config) == (other.run, other.seat, other.model, other.config)
-
-
-def parts_bytes(parts: Sequence[PartInfo]) -> int:
-    return sum(part.size_bytes for part in parts)

@@ -1,4 +1,4 @@
-"""The report's style sheet: every colour value of the page, for light, dark and print. Plots refer to the class names below.
+"""The report's style sheet: the colours of the status page and those of plots, for light, dark and print. Plots refer to the classes below.
 
 The six client hues, the stage hues and the kinds of bytes stay apart under simulated protanopia, deuteranopia and tritanopia
 (Machado, Oliveira and Fernandes 2009); `tests/unit/test_report_style.py` measures it.
@@ -6,36 +6,14 @@ The six client hues, the stage hues and the kinds of bytes stay apart under simu
 
 from __future__ import annotations
 
+from splitft.deploy import page_style
+
 LIGHT: dict[str, str] = {
-    "page": "#f6f6f3",
-    "card": "#ffffff",
-    "ink": "#1b1f24",
-    "muted": "#5a636e",
-    "line": "#e2e4e0",
-    "axis": "#9aa1a9",
-    "accent": "#1a6fb0",
-    "warn": "#9a5b00",
-    "warn-back": "#fff6e3",
-    "good": "#0b7a58",
-    "bad": "#b3261e",
-    "c0": "#1a6fb0",
-    "c1": "#b8500f",
-    "c2": "#1fa58c",
-    "c3": "#8c1d5e",
-    "c4": "#b98d0c",
-    "c5": "#45339f",
-    "grey": "#8a939d",
-    "g-client": "#0c8a64",
-    "g-up": "#d1790a",
-    "g-server": "#6b4fb3",
-    "g-down": "#3fa9dc",
+    **page_style.LIGHT,
     "on-client": "#ffffff",
     "on-up": "#1b1f24",
     "on-server": "#ffffff",
     "on-down": "#1b1f24",
-    "wait": "#aab1b9",
-    "wait-back": "#f4f5f4",
-    "gap": "#e6e9e9",
     "q0": "#e9f1f9",
     "q1": "#cbdff0",
     "q2": "#a3c8e6",
@@ -48,35 +26,11 @@ LIGHT: dict[str, str] = {
 }
 
 DARK: dict[str, str] = {
-    "page": "#0e1216",
-    "card": "#171c22",
-    "ink": "#e8ebee",
-    "muted": "#9ea8b3",
-    "line": "#2b323a",
-    "axis": "#5d6873",
-    "accent": "#5fb0f2",
-    "warn": "#f0b95a",
-    "warn-back": "#2a2213",
-    "good": "#4fd0a5",
-    "bad": "#ff8f83",
-    "c0": "#3b94ec",
-    "c1": "#eb9a5e",
-    "c2": "#35dcba",
-    "c3": "#d0608f",
-    "c4": "#ebdd52",
-    "c5": "#b9b2ff",
-    "grey": "#78838f",
-    "g-client": "#2fb98c",
-    "g-up": "#f0993c",
-    "g-server": "#a48bea",
-    "g-down": "#7cc7f0",
+    **page_style.DARK,
     "on-client": "#0e1216",
     "on-up": "#0e1216",
     "on-server": "#0e1216",
     "on-down": "#0e1216",
-    "wait": "#56616d",
-    "wait-back": "#1e242b",
-    "gap": "#262d35",
     "q0": "#182838",
     "q1": "#1c3a55",
     "q2": "#225077",

@@ -1,4 +1,4 @@
-"""The status page's style sheet. It wears the report's colours, so that a client has the same hue on both (a test compares them)."""
+"""The status page's style sheet. The report takes its colours from here, so that a client has the same hue on both."""
 
 from __future__ import annotations
 
