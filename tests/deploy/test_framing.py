@@ -53,6 +53,26 @@ def test_no_flipped_bit_gets_past() -> None:
             decode(bytes(flipped))
 
 
+def test_over_tls_the_header_is_checked_and_the_piece_is_left_to_tls() -> None:
+    piece = random.Random(3).randbytes(500)
+    data = encode(Form.DATA, piece, kind=4, sequence=9, sealed=True)
+    assert bytes(decode(data, sealed=True).piece) == piece
+    assert decode(encode(Form.DATA, piece, kind=4, sequence=9), sealed=True).piece == piece
+    with pytest.raises(Damaged):  # where nothing else looks after the piece, nobody may leave it out
+        decode(data)
+    for bit in range(OVERHEAD_BYTES * 8):
+        flipped = bytearray(data)
+        flipped[bit // 8] ^= 1 << (bit % 8)
+        with pytest.raises(Damaged):
+            decode(bytes(flipped), sealed=True)
+
+
+@pytest.mark.parametrize("form", [form for form in Form if form is not Form.DATA])
+def test_only_data_may_leave_its_piece_to_tls(form: Form) -> None:
+    with pytest.raises(Damaged):
+        decode(encode(form, b"a greeting", sealed=True), sealed=True)
+
+
 def test_no_cut_gets_past() -> None:
     data = encode(Form.DATA, b"some bytes", kind=4, sequence=9)
     for length in range(len(data)):

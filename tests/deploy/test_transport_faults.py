@@ -87,6 +87,7 @@ class LossyPipe:
     arriving: asyncio.Queue[bytes | None] = field(default_factory=asyncio.Queue)
     counts: Counts = field(default_factory=Counts)
     why: str = "the way ended"
+    sealed: bool = False
 
     async def read(self) -> bytes | None:
         return await self.arriving.get()

@@ -253,6 +253,8 @@ class Round:
         data = {client: message.payload for client, (message, _) in turn.items()}
         served = self.server.serve(sorted(data.items()))
         ended_s = self.now_s
+        # The answers first: clients wait for them, and nobody for the books.
+        self._after(served)
         self.conductor.host.metrics.server_pass(len(turn))
         for client, (message, arrived_s) in turn.items():
             part = self.parts[client]
@@ -265,7 +267,6 @@ class Round:
             self._account(part, arrived_s, started_s, ended_s)
             if data[client][4] == Type.ROUND_END:
                 self.digests[client] = hashlib.sha256(data[client]).hexdigest()
-        self._after(served)
         for message, _ in turn.values():  # last: it wakes the event loop, which would compete with the answers
             message.release()
 
@@ -280,9 +281,9 @@ class Round:
     def _tell(self, replies: list[tuple[int, bytes]]) -> None:
         """Send the server's answers."""
         for client, reply in replies:
+            sent = self.conductor.send(client, Letter.FRAME, reply)
             part, frame = self.parts[client], decode(reply)
             self._count(client, "down", frame)
-            sent = self.conductor.send(client, Letter.FRAME, reply)
             if frame.kind == Type.STEP_DOWN:
                 self._count_step(client, part)
             elif frame.kind == Type.ROUND_ACCEPTED:

@@ -233,6 +233,7 @@ class Flow:
             sequence=piece.sequence,
             received=received,
             released=released,
+            sealed=self.pipe is not None and self.pipe.sealed,
         )
 
     # Receiving
@@ -267,7 +268,7 @@ class Flow:
 
         Raises Damaged where the stream cannot be trusted any more, ProtocolError where the other side cannot.
         """
-        chunk = decode(data)
+        chunk = decode(data, self.pipe is not None and self.pipe.sealed)
         if chunk.form in (Form.DATA, Form.BEAT) and self.outbox.take(chunk.received, chunk.released):
             self._wake.set()
             self._moved()

@@ -4,7 +4,8 @@
 
 `total` and `offset` are of the message that the piece belongs to. `received` and `released` acknowledge the other direction in every
 chunk. The checksum (CRC-32) covers all that comes before it and the piece: a chunk with a wrong one is damage of the way, after which
-the connection is made anew; a chunk with a right one that makes no sense is a lie, which ends the session.
+the connection is made anew; a chunk with a right one that makes no sense is a lie, which ends the session. Over TLS, which authenticates
+every byte by itself, the checksum of DATA may be of the header alone.
 """
 
 from __future__ import annotations
@@ -118,19 +119,24 @@ def encode(
     sequence: int = 0,
     received: int = 0,
     released: int = 0,
+    sealed: bool = False,
 ) -> bytes:
-    """A chunk as bytes; `total` is the length of the piece where it is not given."""
+    """A chunk as bytes; `total` is the length of the piece where it is not given. `sealed`: the way authenticates what it carries, so
+    that the checksum is of the header alone."""
     header = HEADER.pack(MAGIC, form, kind, 0, len(piece) if total is None else total, offset, sequence, received, released)
-    return b"".join((header, CHECKSUM.pack(zlib.crc32(piece, zlib.crc32(header))), piece))
+    checksum = zlib.crc32(header)
+    return b"".join((header, CHECKSUM.pack(checksum if sealed else zlib.crc32(piece, checksum)), piece))
 
 
-def decode(data: bytes) -> Chunk:
-    """A chunk from bytes. Raises Damaged where the checksum is wrong, ProtocolError where it is right and the rest makes no sense."""
+def decode(data: bytes, sealed: bool = False) -> Chunk:
+    """A chunk from bytes; `sealed`: of a way that authenticates them, where the checksum of DATA may leave the piece out. Raises Damaged
+    where the checksum is wrong, ProtocolError where it is right and the rest makes no sense."""
     if len(data) < OVERHEAD_BYTES:
         raise Damaged(f"a chunk of {len(data)} bytes")
     piece = memoryview(data)[OVERHEAD_BYTES:]
     (checksum,) = CHECKSUM.unpack_from(data, HEADER.size)
-    if zlib.crc32(piece, zlib.crc32(memoryview(data)[: HEADER.size])) != checksum:
+    found = zlib.crc32(memoryview(data)[: HEADER.size])
+    if not (sealed and found == checksum and data[len(MAGIC)] == Form.DATA) and zlib.crc32(piece, found) != checksum:
         raise Damaged("a chunk with a wrong checksum")
     magic, form, kind, zero, total, offset, sequence, received, released = HEADER.unpack_from(data)
     if magic != MAGIC:

@@ -249,7 +249,7 @@ class Link:
         try:
             call = channel.stream_stream(f"/{SERVICE}/{METHOD}")()
             try:
-                return await self._converse(made, Pipe(self._grpc, call), hello)
+                return await self._converse(made, Pipe(self._grpc, call, self._tls is not None), hello)
             finally:
                 call.cancel()
         except Damaged as problem:

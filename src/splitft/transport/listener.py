@@ -131,7 +131,7 @@ class Listener:
 
     async def _serve(self, _requests: Any, context: Any) -> None:
         """One stream, from its first chunk to its end."""
-        pipe = Pipe(self._grpc, context)
+        pipe = Pipe(self._grpc, context, self._tls is not None)
         self._streams += 1
         try:
             if self._streams > self._limits.connections:

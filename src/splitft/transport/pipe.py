@@ -11,10 +11,10 @@ PREFIX_BYTES = 5
 
 
 class Pipe:
-    """A stream, of either end: a client's call or a server's context."""
+    """A stream, of either end: a client's call or a server's context. `sealed`: TLS authenticates every byte of it."""
 
-    def __init__(self, grpc: Any, stream: Any) -> None:
-        self._grpc, self._stream = grpc, stream
+    def __init__(self, grpc: Any, stream: Any, sealed: bool = False) -> None:
+        self._grpc, self._stream, self.sealed = grpc, stream, sealed
         self.counts = Counts()
         self.why = ""
 
