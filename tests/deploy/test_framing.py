@@ -7,6 +7,7 @@ import random
 import struct
 import zlib
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -126,3 +127,18 @@ def test_a_note_in_pieces() -> None:
 
 def test_the_header_is_as_documented() -> None:
     assert OVERHEAD_BYTES == struct.calcsize("<4sBBHIIQQQI") == 44
+
+
+@pytest.mark.parametrize(
+    ("note", "more"),
+    [
+        (Hello(b"p" * 16, b"", 0, 0, b"g"), ["of a later minor version", 7]),
+        (Welcome(b"s" * 16, 1, 0, 0, b"w", 8.0), [{"later": True}]),
+        (Close("full", "the server is full.", "Try again.", lost=True), [None]),
+    ],
+)
+def test_what_a_later_version_adds_to_the_handshake_is_passed_over(note: msgspec.Struct, more: list[object]) -> None:
+    fields = msgspec.msgpack.decode(pack_note(note))
+    assert read_note(type(note), msgspec.msgpack.encode(fields + more)) == note
+    with pytest.raises(ProtocolError, match=type(note).__name__):  # what is missing is not
+        read_note(type(note), msgspec.msgpack.encode(fields[:1]))

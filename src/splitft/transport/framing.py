@@ -59,7 +59,7 @@ class Chunk:
     piece: memoryview
 
 
-class Hello(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+class Hello(msgspec.Struct, frozen=True, array_like=True):
     """A client's first chunk. `process`: the nonce of its session; `server`: that of the server it knows (empty: it wants a new session);
     `received` and `filled`: the last message it has whole, and how much of the next."""
 
@@ -70,7 +70,7 @@ class Hello(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=
     greeting: bytes
 
 
-class Welcome(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+class Welcome(msgspec.Struct, frozen=True, array_like=True):
     """The server's answer; `greeting` is empty where a session is resumed. `heartbeat_s`: how often the server gives a sign of life, and
     wants one."""
 
@@ -82,7 +82,7 @@ class Welcome(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_field
     heartbeat_s: float
 
 
-class Close(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+class Close(msgspec.Struct, frozen=True, array_like=True):
     """Why the server ends a session or refuses it. `lost`: it does not know the session."""
 
     code: str
