@@ -29,10 +29,10 @@ class FederationSection(Section):
     )
     join_s: NotNegative = Field(10.0, description="How long a round's start waits for more clients once clients.minimum are there.")
     heartbeat_s: Annotated[float, Field(ge=0.01, le=600.0, allow_inf_nan=False)] = Field(
-        8.0, description="Seconds between signs of life of an idle connection."
+        10.0, description="Seconds between signs of life of an idle connection."
     )
     liveness_s: Annotated[float, Field(ge=0.05, le=86_400.0, allow_inf_nan=False)] = Field(
-        25.0, description="Silence after which a connection counts as broken; moving bytes are signs of life."
+        32.0, description="Silence after which a connection counts as broken; moving bytes are signs of life."
     )
     absence_s: Annotated[float, Field(ge=0.1, allow_inf_nan=False)] = Field(
         600.0, description="How long a round waits for a participant that is gone; then it is lost, if the quorum is there without it."

@@ -18,8 +18,8 @@ class Timing:
     `backoff_s`: the longest first pause and the longest pause at all between attempts; each is drawn between 0 and that (full jitter).
     """
 
-    heartbeat_s: float = 8.0
-    liveness_s: float = 25.0
+    heartbeat_s: float = 10.0
+    liveness_s: float = 32.0
     connect_s: float = 10.0
     backoff_s: tuple[float, float] = (0.2, 15.0)
 
