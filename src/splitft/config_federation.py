@@ -38,7 +38,7 @@ class FederationSection(Section):
         600.0, description="How long a round waits for a participant that is gone; then it is lost, if the quorum is there without it."
     )
     grace_s: NotNegative = Field(10.0, description="How long a stop, or a late client that was asked to finish, is waited for.")
-    strikes: Count = Field(3, description="Refused messages after which a client is excluded until the server is restarted.")
+    strikes: Count = Field(3, description="Refused messages after which a client is excluded, until it is taken out of excluded.json.")
     update_norm_factor: NotNegative = Field(
         100.0, description="An update this many times as large as the median of the accepted ones is refused; 0 accepts any finite one."
     )

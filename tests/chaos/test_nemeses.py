@@ -24,6 +24,7 @@ from ..deploy.federation_scenes import events_of, wait_for
 from ..deploy.hostile import READY, hello
 from ..deploy.process_scenes import Federation, Ground, Nursery, federation
 from ..deploy.reliability_fixtures import Undisturbed
+from ..deploy.test_reliability_disk import room_in
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(280)]
 LONG: dict[str, Any] = {"rounds": 80, "evaluate": {"max_rows": 2, "every_rounds": 20}}
@@ -229,6 +230,8 @@ def test_a_file_system_that_is_full(nursery: Nursery, ground: Ground, undisturbe
             time.sleep(4.0)
             assert made.server.running
             assert made.committed() == stuck
+            needed, free = room_in(next(line for line in made.server.text().splitlines() if "storage:" in line))
+            assert free < needed
             filler.unlink()
             made.finish()
             undisturbed.must_equal(made)

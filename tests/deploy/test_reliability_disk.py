@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import resource
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -30,6 +32,13 @@ def limit_files(process: Forked, most_bytes: int) -> None:
     resource.prlimit(process.number, resource.RLIMIT_FSIZE, (most_bytes, resource.RLIM_INFINITY))
 
 
+def room_in(text: str) -> tuple[int, int]:
+    """The bytes that a message says are needed, and those that are free."""
+    found = re.search(r"about (\d+) bytes are needed, (\d+) are free", text)
+    assert found, text
+    return int(found[1]), int(found[2])
+
+
 @LINUX
 def test_no_room_for_a_checkpoint(nursery: Nursery, ground: Ground, undisturbed: Undisturbed, tmp_path: Path) -> None:
     with federation(nursery, ground, tmp_path) as made:
@@ -46,6 +55,9 @@ def test_no_room_for_a_checkpoint(nursery: Nursery, ground: Ground, undisturbed:
         told = next(line for line in (made.run / "server.log").read_text().splitlines() if "storage:" in line)
         assert "File too large" in told
         assert str(made.run) in told
+        needed, free = room_in(told)
+        assert tensors <= needed < 2 * tensors + 8192
+        assert 0.5 < free / shutil.disk_usage(made.run).free < 2.0
         time.sleep(2.5)
         assert made.committed() == stuck >= round_before, "nothing is acknowledged meanwhile"
         assert made.server.running
@@ -71,9 +83,14 @@ def test_no_room_for_a_snapshot(nursery: Nursery, ground: Ground, undisturbed: U
         time.sleep(2.5)
         assert made.committed() <= stuck + 1
         assert client.running
+        needed, free = room_in(next(line for line in client.text().splitlines() if "cannot be written" in line))
         limit_files(client, resource.RLIM_INFINITY)
         made.finish()
         assert not list((tmp_path / "clients" / "client-1" / "state").rglob(".*"))
+        newest = sorted((tmp_path / "clients" / "client-1" / "state").glob("*/round-*"))[-1]
+        written = sum(path.stat().st_size for path in newest.iterdir())
+        assert written <= needed < 2 * written + 8192
+        assert 0.5 < free / shutil.disk_usage(newest).free < 2.0
         undisturbed.must_equal(made)
 
 
@@ -100,5 +117,6 @@ def test_a_disk_that_fails_to_sync(
     assert failures[0] == 5
     assert said
     assert all(place in text and "the run waits and goes on by itself" in text for text in said)
+    assert not any("are free" in text for text in said), "room is not what is missing"
     assert torch.equal(adapters_of(folder), undisturbed.adapters)
     assert not list((folder / "checkpoints").glob(".*"))

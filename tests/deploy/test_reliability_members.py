@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from pathlib import Path
@@ -108,6 +109,8 @@ def test_a_client_whose_disk_was_wiped_begins_afresh(ground: Ground, tmp_path: P
         folder = fed.end()
         assert "has lost its state: it begins afresh" in words(fed)
         assert fed.run.state.clients[1].batches == 3 * sum(1 not in clients for clients in absent_in(folder).values())
+        kept = sorted((tmp_path / "home-1" / "state").glob("*/round-*"))[-1]
+        assert json.loads((kept / "state.json").read_text())["batches"] == fed.run.state.clients[1].batches, "it is elsewhere in its data"
     last = events_of(folder)[-1]["clients"]
     assert [(one["client"], one["status"], one["steps"]) for one in last] == [(0, "done", 3), (1, "done", 3), (2, "done", 3)]
 

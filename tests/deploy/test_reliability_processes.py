@@ -106,6 +106,27 @@ def test_a_server_that_is_asked_to_stop(
         undisturbed.must_equal(made)
 
 
+def test_a_round_that_does_not_end_holds_a_server_for_its_grace_time_only(
+    nursery: Nursery, ground: Ground, undisturbed: Undisturbed, tmp_path: Path
+) -> None:
+    """A client stands still and the round waits for it; the server does not."""
+    with federation(nursery, ground, tmp_path, federation={"grace_s": 1.5}) as made:
+        made.serve()
+        made.join_all()
+        made.until_round(1)
+        made.clients[2].send(signal.SIGSTOP)
+        time.sleep(0.3)
+        made.server.send(signal.SIGTERM)
+        asked_s = time.monotonic()
+        assert made.server.wait(10) == 0
+        assert 1.0 < time.monotonic() - asked_s < 1.5 + 2.0
+        assert made.committed() < 3
+        made.clients[2].send(signal.SIGCONT)
+        made.serve()
+        made.finish()
+        undisturbed.must_equal(made)
+
+
 def test_the_second_signal_ends_a_server_at_once(nursery: Nursery, ground: Ground, undisturbed: Undisturbed, tmp_path: Path) -> None:
     """A stopped client holds the round open; the first signal waits for it, the second does not."""
     with federation(nursery, ground, tmp_path, federation={"grace_s": 60.0}) as made:

@@ -130,6 +130,15 @@ def test_fields_of_a_newer_minor_version_are_passed_over(ground: Ground, undistu
         letters.read(letters.Hello, b"\x81\xa5major\xc3")
 
 
+# What the places of records without names mean, in every release.
+STEP = ("round", "client", "step", "micro", "normaliser", "targets", "squared_norm", "loss_sum")
+NOTES = {
+    "HELLO": ("process", "server", "received", "filled", "greeting"),
+    "WELCOME": ("server", "epoch", "received", "filled", "greeting", "heartbeat_s"),
+    "CLOSE": ("code", "text", "remedy", "lost"),
+}
+
+
 def decoded(layer: str, form: str, data: bytes) -> Any:
     """Recorded bytes as plain values, by this version."""
     if layer == "letter":
@@ -138,7 +147,10 @@ def decoded(layer: str, form: str, data: bytes) -> Any:
         chunk = framing.decode(data)
         note = {"HELLO": framing.Hello, "WELCOME": framing.Welcome, "CLOSE": framing.Close}.get(form)
         facts = [chunk.form.name, chunk.kind, chunk.total, chunk.offset, chunk.sequence, chunk.received, chunk.released]
-        return [facts, bytes(chunk.piece).hex() if note is None else msgspec.to_builtins(framing.read_note(note, chunk.piece))]
+        if note is None:
+            return [facts, bytes(chunk.piece).hex()]
+        said = framing.read_note(note, chunk.piece)  # a list without names: what is meant is which name each place has
+        return [facts, msgspec.to_builtins([getattr(said, name) for name in NOTES[form]])]
     frame = messages.decode(data)
     step = len(frame.fields) == messages.STEP_BYTES and frame.kind not in (Type.ROUND_END, Type.SCORE_START, Type.SCORE_END)
     kinds: dict[Type, Any] = {
@@ -148,7 +160,7 @@ def decoded(layer: str, form: str, data: bytes) -> Any:
         Type.SCORE_START: messages.ScoreStart,
         Type.SCORE_END: messages.ScoreEnd,
     }
-    fields = list(messages.STEP_FIELDS.unpack(frame.fields)) if step else msgspec.to_builtins(frame.read(kinds[frame.kind]))
+    fields = [getattr(frame.step(), name) for name in STEP] if step else msgspec.to_builtins(frame.read(kinds[frame.kind]))
     return [frame.kind.name, fields, list(frame.lengths), [bytes(packet).hex() for packet in frame.packets]]
 
 

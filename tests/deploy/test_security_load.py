@@ -22,11 +22,13 @@ from splitft.deploy.letters import Fetch, Letter, pack
 from splitft.engine.server import Server
 from splitft.messages import Frame, Type
 from splitft.transport import framing
+from splitft.transport.values import Limits, Timing
 
 from .federation_scenes import Scene, adapters_of, scene, wait_for
 from .hostile import MIB, Liar, Lie, bent, hello, in_frames, liars, raw, repacked, rss_bytes
 from .process_scenes import Ground
 from .security_runs import COMMON, honest_alone, honest_first, merged
+from .transport_scenes import client, client_tls, echo_server
 
 pytestmark = pytest.mark.timeout(90)
 LAST: Lie = lambda index: (150, b"")  # noqa: E731
@@ -106,6 +108,25 @@ def test_a_client_that_asks_for_pieces_and_does_not_take_them(tmp_path: Path, gr
         assert longest_s(moments) < 1.0
 
 
+def test_one_certificate_cannot_fill_the_door() -> None:
+    """Twenty streams of one client that say nothing, before a server with room for sixteen: four may wait, and another comes in at once."""
+    timing = Timing(heartbeat_s=0.5, liveness_s=5.0, connect_s=3.0)
+    with echo_server(True, limits=Limits(connections=16), timing=timing) as server, ExitStack() as stack:
+        greedy = client_tls("greedy")
+        silent = [stack.enter_context(raw(server.port, greedy)) for _ in range(20)]
+        time.sleep(1.0)
+        honest = stack.enter_context(client(server.port, "honest", secure=True))
+        began_s = time.monotonic()
+        assert honest.open(2.0) == b"welcome honest"
+        assert time.monotonic() - began_s < 1.0
+        said = [one.read() for one in silent]
+        assert [framing.read_note(framing.Close, chunk.piece).code for chunk in said if chunk is not None] == ["full"] * 16
+        waited = [one for one, chunk in zip(silent, said, strict=True) if chunk is None]
+        assert [one.call.code() for one in waited] == [grpc.StatusCode.DEADLINE_EXCEEDED] * 4
+        again = stack.enter_context(raw(server.port, greedy))
+        assert again.greet(b"greedy") is not None, "there is room for those that greet"
+
+
 def test_slow_peers_do_not_slow_the_others(tmp_path: Path, ground: Ground) -> None:
     with training(tmp_path, ground, tls=True) as (made, moments), ExitStack() as stack:
         before, tls = rss_bytes(), Identity.load(tmp_path / "clients" / "client-1").tls
@@ -150,6 +171,7 @@ BOMBS: dict[str, bytes] = {
     "a gibibyte, stated": zeros_frame(256 * MIB, True),
     "a gibibyte, not stated": zeros_frame(256 * MIB, False),
     "two frames": zeros_frame(64 * MIB, True) + zeros_frame(64 * MIB, True),
+    "the right size, and another frame behind it": zeros_frame(2048, True) + zeros_frame(16 * MIB, True),
     "a huge window": zeros_frame(MIB, False, window_log=27, compression_level=1),
     "a terabyte in 13 bytes": lying_frame(1 << 40),
     "fewer bytes than due": zeros_frame(10, True),

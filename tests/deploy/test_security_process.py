@@ -176,8 +176,9 @@ def test_a_secret_of_the_text_is_nowhere(nursery: Nursery, ground: Ground, tmp_p
             tap.kept = []
             tls = Identity.load(tmp_path / "clients" / "client-1").tls
             for name in ("client-0", "a\nERROR forged line", "\x1b[31mred\u2028x"):
-                with raw(made.port, tls) as one:
-                    one.greet(hello(name, version="1\nERROR forged version"))
+                for fields in ({}, {"major": 9}):  # what a client of another protocol calls its version is told to the operator
+                    with raw(made.port, tls) as one:
+                        one.greet(hello(name, version="1\nERROR forged version", **fields))
             made.join(0, port=tap.port, text=secret)
             made.finish(80)
             wire = b"".join(tap.kept)
@@ -201,6 +202,8 @@ def test_a_secret_of_the_text_is_nowhere(nursery: Nursery, ground: Ground, tmp_p
     state = [path for path in (tmp_path / "clients" / "client-0" / "state").rglob("*") if path.is_file()]
     assert state
     assert not [path for path in state if found_in(path.read_bytes(), patterns)]
-    for line in (tmp_path / "runs" / "fed" / "server.log").read_text().splitlines():
+    log = (tmp_path / "runs" / "fed" / "server.log").read_text()
+    assert "forged version" in log
+    for line in log.splitlines():
         assert not line.startswith("ERROR forged"), line
         assert line.isprintable(), line

@@ -80,6 +80,12 @@ def wrong_shape(frame: Frame) -> bytes:
     return Frame(frame.kind, frame.fields, frame.lengths, (bytes(packet),)).encode()
 
 
+def with_part(honest: Welcome, part: PartInfo) -> Welcome:
+    """One part more, and the digest that belongs to all of them."""
+    parts = [*honest.parts, part]
+    return msgspec.structs.replace(honest, parts=parts, model=model_digest(parts))
+
+
 POLICY = {"minimum_cut": 2, "maximum_rounds": 100, "maximum_local_steps": 50, "maximum_step_rows": 64}
 HONEST_WELCOME: Callable[[Welcome], Welcome] = lambda honest: honest  # noqa: E731
 SILENT: Tamper = lambda kind, payload: [(kind, payload)]  # noqa: E731
@@ -142,11 +148,18 @@ LIES: dict[str, tuple[Callable[[Welcome], Welcome], Tamper, dict[str, Any], type
     "where the client writes": (told(run={"folder": "/tmp"}), SILENT, POLICY, ProtocolError, "run"),
     "a run named by a path": (told(name="../../x\x1b[31m"), SILENT, POLICY, SplitftError, ""),
     "a part that is no part": (
-        lambda honest: msgspec.structs.replace(honest, parts=[*honest.parts, PartInfo("../../x", "0" * 64, 5)]),
+        lambda honest: with_part(honest, PartInfo("../../x", "0" * 64, 5)),
         SILENT,
         POLICY,
         ProtocolError,
-        "part",
+        "no model has",
+    ),
+    "a part of no digest": (
+        lambda honest: with_part(honest, PartInfo("file:merges.txt", "../../x", 5)),
+        SILENT,
+        POLICY,
+        ProtocolError,
+        "gives file:merges.txt",
     ),
     "parts of another model": (
         lambda honest: msgspec.structs.replace(honest, model="0" * 64),

@@ -12,6 +12,7 @@ from deploy.transport_scenes import CALM, ECHO, QUICK, client, client_tls, echo_
 from net.proxy import Proxy
 
 from splitft.errors import ConfigError, FederationError, ResourceError, UnreachableError
+from splitft.transport import listener as listener_module
 from splitft.transport.link import Link
 from splitft.transport.listener import Broken, Closed, Listener, Opened, Resumed
 from splitft.transport.values import Admitted, Limits, Peer, Refusal, Refused, SessionClosed, SessionLost
@@ -315,6 +316,46 @@ def test_a_renewed_certificate_is_shown_to_the_next_client() -> None:
     finally:
         link.close(0.0)
         listener.stop(0.0)
+
+
+def test_a_client_shows_its_renewed_certificate_at_the_next_connection() -> None:
+    """The session goes on; only who carries it has changed."""
+    shown: list[bytes | None] = []
+
+    def admit(peer: Peer, greeting: bytes) -> Admitted:
+        shown.append(peer.certificate_pem)
+        return Admitted("a", b"in", 1 << 20)
+
+    with echo_server(True, admit=admit, timing=QUICK) as server, Proxy("127.0.0.1", server.port) as proxy:
+        old, new = client_tls("a"), client_tls("a")
+        link = Link(f"127.0.0.1:{proxy.port}", old, lambda: b"a", Limits(), QUICK)
+        try:
+            link.open(10.0)
+            link.renew(new)
+            link.send(ECHO, b"one")
+            assert take(link).payload == b"one"
+            assert len(shown) == 1, "a connection that stands is left alone"
+            proxy.reset()
+            link.send(ECHO, b"two")
+            assert take(link).payload == b"two"
+            assert shown == [old.certificate_pem, new.certificate_pem]
+            assert server.session().peer.certificate_pem == new.certificate_pem
+            assert (link.epoch, link.counts.reconnects) == (1, 1)
+        finally:
+            link.close(0.0)
+
+
+def test_ended_sessions_are_remembered_up_to_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last ones are told why they ended; what came before costs nothing any more."""
+    monkeypatch.setattr(listener_module, "REMEMBERED_ENDS", 4)
+    with echo_server() as server:
+        for number in range(12):
+            with client(server.port, f"c{number}") as link:
+                link.open(10.0)
+                link.close()
+        wait_until(lambda: len(server.closed()) == 12)
+        assert len(server.listener._ends) == 4
+        assert not server.listener.sessions
 
 
 def test_plain_text_stays_on_loopback() -> None:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from splitft.config import parse_config
 from splitft.deploy.cache import ModelCache
 from splitft.deploy.certificates import fingerprint, read_certificate
 from splitft.deploy.host import OFFERED
-from splitft.deploy.identity import Identity
+from splitft.deploy.identity import PENDING_KEY, Identity
 from splitft.deploy.letters import PROTOCOL_MAJOR, PROTOCOL_MINOR, Finished, Hello, pack
 from splitft.deploy.member import Member
 from splitft.deploy.names import check_name
@@ -60,6 +59,8 @@ BY_FILE = "by-file"
 PASSING = ("draining", "full")
 # The server may still hold the connection of this client's own former life, cut off without a word, until it has been silent for a while.
 BUSY, BUSY_S = "busy", 30.0
+# How long an enrolment into this client's folder may be under way when the server already wants its certificate.
+ENROLLING_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -122,25 +123,56 @@ def join(options: ClientOptions) -> Finished:
         waits = Waits()
         link = Link(address, _tls_of(identity, policy, shown), lambda: hello, Limits(), Timing(), show.connection, waits)
         stack.callback(link.close)
-        knock = partial(_look, address, identity, policy)
-        member = Member(link, workshop, options.identity / "state", show.listen, asked, waits, options.window, knock, options.wait_s)
-        patient_until_s = 0.0
-        while True:
-            try:
-                return member.run()
-            except Interrupted as stop:
-                raise stopping.as_asked(stop) from stop
-            except Refused as refused:
-                if refused.code == "roster" and (newer := _renewed(identity)) is not None:
-                    identity = newer  # enrolled again meanwhile: the new certificate is the one that counts
-                    link.renew(_tls_of(identity, policy, shown))
-                    continue
-                if refused.code == BUSY:
-                    patient_until_s = patient_until_s or monotonic_s() + BUSY_S
-                if refused.code not in PASSING and not (refused.code == BUSY and monotonic_s() < patient_until_s):
-                    raise REFUSALS.get(refused.code, FederationError)(refused.text, refused.remedy) from refused
-                show(f"{refused.text} trying again")
-                _wait(5.0, asked)
+        papers = Papers(address, identity, policy, shown, link, workshop, asked)
+        member = Member(link, workshop, options.identity / "state", show.listen, asked, waits, options.window, papers.knock, options.wait_s)
+        return _take_part(member, papers, stopping, show)
+
+
+def _take_part(member: Member, papers: Papers, stopping: Stopping, show: Lines) -> Finished:
+    """Until the run is over; refusals that pass are waited out."""
+    patient_until_s = 0.0
+    while True:
+        began_as = papers.identity
+        try:
+            return member.run()
+        except Interrupted as stop:
+            raise stopping.as_asked(stop) from stop
+        except Refused as refused:
+            # Of the certificate that this session began with; where there is another by now, that one has not been asked about.
+            if refused.code == "roster" and (papers.renewed(ENROLLING_S) or papers.identity is not began_as):
+                continue
+            if refused.code == BUSY:
+                patient_until_s = patient_until_s or monotonic_s() + BUSY_S
+            if refused.code not in PASSING and not (refused.code == BUSY and monotonic_s() < patient_until_s):
+                raise REFUSALS.get(refused.code, FederationError)(refused.text, refused.remedy) from refused
+            show(f"{refused.text} trying again")
+            _wait(5.0, stopping.asked)
+
+
+@dataclass
+class Papers:
+    """The certificate that a running client shows: that of its folder, as soon as there is another one than it began with."""
+
+    address: str
+    identity: Identity | None
+    policy: ClientPolicy
+    shown: bytes
+    link: Link
+    workshop: ClientWorkshop
+    asked: Callable[[], bool]
+
+    def renewed(self, wait_s: float = 0.0) -> bool:
+        """Whether this client was enrolled again meanwhile; then the new certificate is shown from now on."""
+        newer = _renewed(self.identity, wait_s, self.asked)
+        if newer is not None:
+            self.identity, self.workshop.tls = newer, newer.tls
+            self.link.renew(_tls_of(newer, self.policy, self.shown))
+        return newer is not None
+
+    def knock(self) -> None:
+        """The server has been out of reach for a while: raise what is worth giving up for."""
+        if not self.renewed():
+            _look(self.address, self.identity, self.policy)
 
 
 def _tls_of(identity: Identity | None, policy: ClientPolicy, shown: bytes) -> ClientTls | None:
@@ -150,14 +182,21 @@ def _tls_of(identity: Identity | None, policy: ClientPolicy, shown: bytes) -> Cl
     return replace(identity.tls, root_pem=shown) if policy.server_fingerprint else identity.tls
 
 
-def _renewed(identity: Identity | None) -> Identity | None:
-    """The identity in the folder, if it is another one than that in use."""
+def _renewed(identity: Identity | None, wait_s: float, asked: Any) -> Identity | None:
+    """The identity in the folder, if it is another one than that in use; while an enrolment is under way there, it is waited for: the
+    server knows of the new certificate a moment before this machine has it."""
     if identity is None:
         return None
-    with suppress(IdentityError):
-        newer = Identity.load(identity.folder)
-        return newer if newer.fingerprint != identity.fingerprint else None
-    return None
+    until_s = monotonic_s() + wait_s
+    while True:
+        enrolling = (identity.folder / PENDING_KEY).exists()
+        with suppress(IdentityError):
+            newer = Identity.load(identity.folder)
+            if newer.fingerprint != identity.fingerprint:
+                return newer
+        if not enrolling or monotonic_s() >= until_s:
+            return None
+        _wait(0.2, asked)
 
 
 def fingerprint_of(certificate: bytes) -> str:

@@ -43,6 +43,8 @@ from splitft.waits import Waits
 
 LOGGER = logging.getLogger("splitft.server")
 LINGER_S = 20.0
+# For what was said last to leave; one that does not take it must not hold up the end by much.
+HANG_UP_S = 1.0
 RENEW_S = 60.0
 FAILPOINT = "SPLITFT_FAILPOINT"
 STYLES: dict[Level, str] = {"info": "dim", "warning": "yellow", "error": "red"}
@@ -230,7 +232,7 @@ class House:
 
     def close(self) -> None:
         with suppress(SplitftError):
-            self.host.close(2.0)
+            self.host.close(HANG_UP_S)
         if self.enrolment is not None:
             self.enrolment.stop()
         if self.page is not None:

@@ -7,6 +7,7 @@ which concerns nobody else, since sessions share nothing but frozen weights.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,11 +19,15 @@ from torch import Tensor
 from splitft.clock import monotonic_s
 from splitft.config_federation import FederationSection
 from splitft.data.base import ClientData, DistantRows
+from splitft.deploy.disk import shortage
+from splitft.deploy.excluded import Exclusions
 from splitft.deploy.host import Host, Seat
 from splitft.deploy.letters import Committed, Finished, Letter, Snapshot, pack
 from splitft.deploy.measured import attended_of
 from splitft.deploy.measuring import Measurement
 from splitft.deploy.round import Round
+from splitft.deploy.snapshots import HEADER_BYTES
+from splitft.engine import checkpoint
 from splitft.engine.attendance import UnfitError
 from splitft.engine.intake import positions_of
 from splitft.engine.ledger import Ledger
@@ -69,6 +74,7 @@ class Conductor:
         self.run = run
         run.on_commit = self.host.metrics.checkpoint_took
         self.host.strikes_allowed = self.section.strikes
+        self.host.remember(Exclusions.load(run.folder))
         self.host.row_tokens = run.federation.settings.row_tokens or positions_of(run.federation)
 
     # -- a round ---------------------------------------------------------------------------------------------------------------------
@@ -286,7 +292,8 @@ class Conductor:
 
     def wait_for_disk(self, problem: OSError) -> None:
         """The disk has refused a commit: say so, keep the connections, try again."""
-        text = f"storage: {problem.strerror or problem} ({problem.filename or self.run.folder}); the run waits and goes on by itself"
+        short = shortage(problem, self.run.folder, self._commit_bytes())
+        text = f"storage: {problem.strerror or problem} ({problem.filename or self.run.folder}){short}; the run waits and goes on by itself"
         self.host.status.stage(f"paused: {text}")
         self.host.status.event("error", text)
         if problem.errno is None:
@@ -296,3 +303,8 @@ class Conductor:
             while monotonic_s() < end_s:
                 for event in self.pump(LOOK_S):
                     self.idle(event)
+
+    def _commit_bytes(self) -> int:
+        """What the checkpoint of the present state takes, the greater part of a commit."""
+        tensors, facts = checkpoint.tensors_of(self.run.state), checkpoint.facts_of(self.run.state)
+        return sum(one.nbytes + HEADER_BYTES for one in tensors.values()) + len(json.dumps(facts))

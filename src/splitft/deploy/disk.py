@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -15,6 +16,8 @@ from splitft.errors import IdentityError, ResourceError
 
 PRIVATE_FILE, PRIVATE_FOLDER, PUBLIC_FILE = 0o600, 0o700, 0o644
 LOCK_POLL_S = 0.01
+# What the system says where there is no room: the disk, the owner's share of it, or the largest file it may write.
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def write_atomically(path: Path, content: bytes, mode: int = PUBLIC_FILE) -> Path:
@@ -44,9 +47,22 @@ def write_atomically(path: Path, content: bytes, mode: int = PUBLIC_FILE) -> Pat
 
 
 def _unwritable(path: Path, size_bytes: int, problem: OSError) -> ResourceError:
-    if problem.errno in (errno.ENOSPC, errno.EDQUOT):
-        return ResourceError(f"storage is full: {path} needs {size_bytes} bytes.", f"Free space where {path.parent} is.")
+    if problem.errno in NO_ROOM:
+        text = f"storage is full: {path} needs {size_bytes} bytes, {_free_bytes(path.parent)} are free."
+        return ResourceError(text, f"Free space where {path.parent} is.")
     return ResourceError(f"{path} cannot be written: {problem.strerror or problem}.", f"Check that {path.parent} exists and is writable.")
+
+
+def shortage(problem: OSError, folder: Path, needed_bytes: int) -> str:
+    """What a write into `folder` needed and what is free there, to be put behind a message; nothing where room is not the trouble."""
+    return f"; about {needed_bytes} bytes are needed, {_free_bytes(folder)} are free" if problem.errno in NO_ROOM else ""
+
+
+def _free_bytes(folder: Path) -> str:
+    try:
+        return str(shutil.disk_usage(folder).free)
+    except OSError:
+        return "an unknown number"
 
 
 def sync_folder(folder: Path) -> None:

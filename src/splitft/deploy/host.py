@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from splitft import __version__
 from splitft.clock import monotonic_s
+from splitft.deploy.excluded import Excluded, Exclusions
 from splitft.deploy.letters import (
     MAX_LETTER_BYTES,
     PROTOCOL_MAJOR,
@@ -113,6 +114,16 @@ class Host:
     def __post_init__(self) -> None:
         self.pool = ThreadPoolExecutor(FETCHERS, thread_name_prefix="splitft-parts")
         self.by_key: dict[str, int] = {}
+        self.exclusions: Exclusions | None = None
+
+    def remember(self, exclusions: Exclusions) -> None:
+        """Keep out whom the run has excluded before, and note there whom it excludes from now on."""
+        self.exclusions = exclusions
+        for name, one in exclusions.clients.items():
+            self.seats[one.seat] = Seat(one.seat, name, strikes=one.strikes, excluded=True)
+            self.by_key[name] = one.seat
+            self.status.seat(one.seat, state="excluded", name=name)
+            self.status.event("warning", f"stays excluded; take it out of {exclusions.path} and start anew to let it in", one.seat)
 
     def admit(self, peer: Peer, greeting: bytes) -> Admitted | Refusal:
         """What the door says to a client; called in a thread of its own."""
@@ -274,11 +285,21 @@ class Host:
     def strike(self, seat: Seat, round_index: int, problem: SplitftError) -> None:
         """Tell a client that its message was refused; at the last of the `strikes_allowed` it is excluded."""
         seat.strikes += 1
-        seat.excluded = seat.excluded or seat.strikes >= self.strikes_allowed
         self.metrics.refused("codec" if isinstance(problem, CodecError) else "protocol")
         self.status.event("error", f"refused ({seat.strikes}): {problem.message}", seat.number)
+        if seat.strikes >= self.strikes_allowed and not seat.excluded:
+            seat.excluded = True
+            self._note_exclusion(seat, problem)
         with suppress(SplitftError):  # its session may be over by now, and there is nobody to tell
             self._tell_strike(seat, round_index, problem)
+
+    def _note_exclusion(self, seat: Seat, problem: SplitftError) -> None:
+        """On the disk before the client hears of it: it must not come back after a crash."""
+        try:
+            if self.exclusions is not None:
+                self.exclusions.add(seat.name, Excluded(seat.number, seat.strikes, problem.message[:500]))
+        except SplitftError as trouble:
+            self.status.event("error", f"excluded until the server ends only: {trouble.message}", seat.number)
 
     def _tell_strike(self, seat: Seat, round_index: int, problem: SplitftError) -> None:
         if seat.session is not None:

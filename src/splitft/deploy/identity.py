@@ -5,6 +5,7 @@ A client's folder: key.pem (made there, never leaves), certificate.pem, authorit
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -118,8 +119,9 @@ def _settle(folder: Path, certificate: x509.Certificate) -> None:
         check_pair(certificate, key, "the client's")
     except IdentityError:
         return  # an enrolment under way: the present pair still counts
-    pending.replace(folder / KEY)
-    sync_folder(folder)
+    with suppress(FileNotFoundError):  # whoever enrolled, and a client that runs, may both be here
+        pending.replace(folder / KEY)
+        sync_folder(folder)
 
 
 def read_facts(folder: Path) -> Facts | None:

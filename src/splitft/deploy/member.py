@@ -16,6 +16,7 @@ from typing import Any
 import msgspec
 
 from splitft.clock import monotonic_s
+from splitft.deploy.disk import shortage
 from splitft.deploy.letters import (
     MAX_LETTER_BYTES,
     PART_BYTES,
@@ -267,7 +268,9 @@ class Member:
                 self.snapshots.save(self.round, digest, state)
                 break
             except OSError as problem:
-                self.listen("warning", {"text": f"the snapshot of round {self.round} cannot be written: {problem}; trying again."})
+                short = shortage(problem, self.kept.parent, self.snapshots.needed_bytes(state))
+                text = f"the snapshot of round {self.round} cannot be written: {problem}{short}; trying again."
+                self.listen("warning", {"text": text})
                 self._pause()
                 if opened := next((one for one in self.stash if one.kind == Letter.OPEN), None):
                     self.stash.remove(opened)

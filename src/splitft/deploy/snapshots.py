@@ -27,6 +27,8 @@ FORMAT = 1
 # Snapshots kept from before the last committed round.
 KEPT = 3
 TENSORS, FACTS = "state.safetensors", "state.json"
+# What a tensor's line in the header takes, and the facts: enough for a message.
+HEADER_BYTES, FACTS_BYTES = 128, 512
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,12 @@ class Snapshots:
         shutil.rmtree(target, ignore_errors=True)
         temporary.rename(target)
         sync_folder(self.folder)
+
+    @staticmethod
+    def needed_bytes(state: ClientState) -> int:
+        """How much a snapshot of this state takes."""
+        tensors = _tensors(state)
+        return sum(one.nbytes + HEADER_BYTES for one in tensors.values()) + FACTS_BYTES
 
     def load(self, wanted: Snapshot) -> ClientState:
         """The state of a snapshot. Raises CheckpointError when it is missing, damaged or another one."""
