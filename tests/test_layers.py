@@ -17,6 +17,7 @@ WORDS = {
     "config_fields",
     "config_federation",
     "config_secure",
+    "config_tokens",
     "config_values",
     "waits",
     "toml",

@@ -278,6 +278,7 @@ def read_data(config: RunConfig, components: Components, base: Base) -> Federate
         config.tokens.held_out,
         config.tokens.common_held_out,
         vocabulary=int(base.config.get_text_config().vocab_size),
+        bucket_tokens=config.tokens.bucket_tokens,
     )
 
 

@@ -132,8 +132,8 @@ def prepare(request: Request, options: Options) -> Prepared:
     from splitft.config import override
     from splitft.data.text import TextFiles
 
-    # Nothing here trains in several processes, and the numbers are the same.
-    built = assemble(override(request.config, ["engine.name=cohort", "engine.store=memory"]))
+    # Nothing here trains in several processes, and the numbers are the same. What rows are lengthened by is no text to be recovered.
+    built = assemble(override(request.config, ["engine.name=cohort", "engine.store=memory", "tokens.bucket_tokens=0"]))
     state = _state(request, built)
     plan = _plan(request, built, state)
     now, earlier = _adapters(request, built, state, plan)

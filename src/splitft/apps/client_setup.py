@@ -114,6 +114,7 @@ class ClientWorkshop:
             tokens.block_tokens,
             tokens.held_out,
             self.vocabulary,
+            tokens.bucket_tokens,
         )
         skeleton = self._skeleton()
         self.layout, self.start = start_adapter(config, skeleton)
