@@ -92,7 +92,8 @@ def clipped(codes: Tensor, limit: float) -> Tensor:
     if limit <= 0:
         return codes
     length = torch.linalg.vector_norm(codes, dim=-1, keepdim=True)
-    return codes * (limit / length.clamp_min(limit))
+    found: Tensor = codes * (limit / length.clamp_min(limit))
+    return found
 
 
 def principal(states: Iterable[Tensor], channels: int) -> tuple[Tensor, Tensor]:

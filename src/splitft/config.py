@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_serializer, model_validator
 
+from splitft.config_bottleneck import BottleneckSection
 from splitft.config_checks import Problem, cross_check, plain_fault, problems_of
 from splitft.config_federation import FederationSection
 from splitft.config_fields import Count, CountOrZero, Decay, NotNegative, Section, Share
@@ -291,6 +292,7 @@ class RunConfig(Section):
     ranks: Component = _component("uniform", "How large each adapter's rank is, up to lora.rank.")
     work: Component = _component("equal", "How many local steps each participant takes, train.local_steps on average.")
     split: SplitSection = Field(default_factory=SplitSection)
+    bottleneck: BottleneckSection = Field(default_factory=BottleneckSection)
     network: NetworkSection = Field(default_factory=NetworkSection)
     train: TrainSection = Field(default_factory=TrainSection)
     uplink: Component = _component("cast", "Codec of what clients send at the cut.", dtype="bfloat16")

@@ -147,6 +147,9 @@ def cross_check(config: RunConfig) -> Iterator[Problem]:
             f"train.warmup_steps = {train.warmup_steps}: must be at most the run's {total_steps} steps (rounds × train.local_steps).",
             ("rounds", "train.local_steps"),
         )
+    for name in ("noise", "clip", "cuts") if not config.bottleneck.channels else ():
+        if value := getattr(config.bottleneck, name):
+            yield Problem(f"bottleneck.{name}", f"bottleneck.{name} = {shown(value)}: needs bottleneck.channels.", ("bottleneck.channels",))
     if tokens.bucket_tokens and tokens.block_tokens % tokens.bucket_tokens:
         yield Problem(
             "tokens.bucket_tokens",

@@ -104,7 +104,7 @@ class Layout:
     @property
     def parameters(self) -> int:
         """Length p of a row."""
-        return max((one.end for one in (*self.entries[-1:], *self.matrices[-1:])), default=0)
+        return max(self.entries[-1].end if self.entries else 0, self.matrices[-1].end if self.matrices else 0)
 
     @cached_property
     def by_key(self) -> dict[Key, Entry]:

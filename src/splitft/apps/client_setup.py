@@ -30,7 +30,7 @@ from splitft.deploy.parts import check_table, verify_local, wanted_parts
 from splitft.deploy.policy import ClientPolicy, check_adapters, check_gradient, check_round, check_score, check_welcome
 from splitft.deploy.sealing import Insider
 from splitft.engine.settings import Federation
-from splitft.errors import ConfigError, IdentityError, ProtocolError
+from splitft.errors import ConfigError, IdentityError, PolicyError, ProtocolError
 from splitft.lora import Layout
 from splitft.messages import RoundStart, ScoreStart
 from splitft.models.anatomy import block_count
@@ -228,6 +228,11 @@ class ClientWorkshop:
     def check_score(self, start: ScoreStart) -> None:
         """Hold a measurement against the policy, and against what the server announced. Raises PolicyError or ProtocolError."""
         check_score(self.policy, start)
+        if self.config.bottleneck.channels:
+            raise PolicyError(
+                "the server asks for held-out rows, which are measured without the run's bottleneck.",
+                "its operator can set tokens.held_out = 0 and federation.held_out to a public text.",
+            )
         split, evaluate = self.config.split, self.config.evaluate
         announced = (split.labels == "client", split.tail_blocks, evaluate.batch_size, evaluate.max_rows)
         if (start.exit_on_client, start.tail_blocks, start.batch_size, start.max_rows) != announced:
