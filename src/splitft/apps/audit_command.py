@@ -154,9 +154,14 @@ def prepare(request: Request, options: Options) -> Prepared:
         text,
         notable,
         vocabulary,
+        built.federation.start if built.federation.layout.matrices else None,
     )
     deepest = built.federation.split.blocks - (plan.tail_blocks if plan.exit_on_client else 0)
     cuts = tuple(sorted({*range(1, deepest), plan.cut})) if request.sweep else (plan.cut,)
+    layout = built.federation.layout
+    if layout.matrices:  # nothing would cross at the other cuts
+        pairs = {one.boundary for one in layout.matrices if one.place == "cut"}
+        cuts = tuple(cut for cut in cuts if cut in pairs)
     facts = {
         "config": config_digest(request.config),
         "round": 0 if state is None else state.round,
@@ -167,6 +172,7 @@ def prepare(request: Request, options: Options) -> Prepared:
         "model": request.config.model.path,
         "dtype": str(built.base.dtype).removeprefix("torch."),
         "uplink": request.config.uplink.model_dump(),
+        **({"bottleneck": request.config.bottleneck.model_dump(mode="json")} if layout.matrices else {}),
         "labels": request.config.split.labels,
         "tail_blocks": plan.tail_blocks,
         "seed": request.config.seed,

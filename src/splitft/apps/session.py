@@ -14,6 +14,7 @@ import torch
 
 from splitft import __version__
 from splitft.apps.assemble import Assembly, OnStage, assemble
+from splitft.apps.bottleneck_check import measured_through
 from splitft.apps.bottleneck_setup import write_bottleneck
 from splitft.apps.leak_limit import bounded
 from splitft.apps.privacy_setup import cautions, private_in
@@ -208,6 +209,7 @@ class FederatedRun:
         built, run = self.assembly, self._run
         write_run_adapter(self.folder / "adapter", built, run, self._originals)
         write_bottleneck(self.folder, built.federation.layout, run.state.adapters)
+        run.journal.append(*measured_through(run))
         run.journal.append(
             {"event": "run_finished", "rounds": run.state.round, "wall_s": run.state.wall_s, "virtual_s": run.state.virtual_s}
         )

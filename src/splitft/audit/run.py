@@ -55,6 +55,12 @@ def bank_of(case: Case, row: Tensor) -> AdapterBank:
     return bank
 
 
+def knows_all(case: Case) -> bool:
+    """Whether the bottlenecks are still as they begin, so that who knows the base model knows them."""
+    own = (case.begun is None or torch.equal(one.of(case.adapters), one.of(case.begun)) for one in case.layout.matrices)
+    return all(own)
+
+
 def changes_nothing(layout: Layout, row: Tensor, first_block: int, end_block: int) -> bool:
     """Whether the adapters [p] of some blocks have no effect: all their B are zero, as before training."""
     inside = [entry for entry in layout.entries if first_block <= entry.key.block < end_block]
@@ -136,12 +142,12 @@ class _Attack:
         """K and B at all cuts. Public text passes through the blocks once for each attacker, whatever the number of cuts."""
         began_s, seconds = monotonic_s(), self.share * self.options.seconds * len(self.cuts)
         taps = {cut: self.open_tap(self.case, cut) for cut in self.cuts}
-        alike = changes_nothing(self.case.layout, self.case.adapters, 0, max(self.cuts))
+        alike = changes_nothing(self.case.layout, self.case.adapters, 0, max(self.cuts)) and knows_all(self.case)
         attackers = [one for one in self.attackers if one == "K" or not alike]
         inverters: dict[Attack, dict[int, Inverter]] = {}
         for number, attacker in enumerate(attackers):
             until_s = began_s + LEARNT * seconds * (number + 1) / len(attackers)
-            bottom = Bottom(self.case.split, self._bank(attacker), max(self.cuts))
+            bottom = Bottom(self.case.split, self._bank(attacker), max(self.cuts), self._pairs(attacker))
             inverters[attacker] = learn(bottom, taps, self.learnt_from, self.table, self.case.vocabulary, until_s)
         if alike and "B" in self.attackers:
             self.notes.append("the adapters change nothing yet: the base weights are all there is to know")
@@ -154,6 +160,12 @@ class _Attack:
     def _bank(self, attacker: Attack) -> AdapterBank | None:
         return self.bank if attacker in ("K", "L") else None
 
+    def _pairs(self, attacker: Attack) -> AdapterBank | None:
+        """The bottlenecks as an attacker knows them: those of now, or those of the beginning."""
+        if not self.case.layout.matrices:
+            return None
+        return self.bank if attacker in ("K", "L") or self.case.begun is None else bank_of(self.case, self.case.begun)
+
     def _at_cut(self, cut: int, tap: Tap, inverters: Mapping[Attack, Inverter], learning_s: float) -> CutAudit:
         began_s = monotonic_s() - learning_s
         arrived = self._arrived(cut, tap)
@@ -161,7 +173,7 @@ class _Attack:
         found: dict[Attack, Tensor] = {}
         error = 0.0
         for attacker, inverter in inverters.items():
-            bottom = Bottom(self.case.split, self._bank(attacker), cut)
+            bottom = Bottom(self.case.split, self._bank(attacker), cut, self._pairs(attacker))
             gauge = measure(bottom, tap, inverter, self.sample)
             error = gauge.relative if attacker == "K" else error
             until_s = began_s + self.share * self.options.seconds * (KNOWN if attacker == "K" else BASE)
@@ -186,11 +198,12 @@ class _Attack:
     def _arrived(self, cut: int, tap: Tap) -> dict[str, Tensor]:
         """What arrives [s t d] of the private sample, by visit: the later one under the adapter of now, after one under the earlier."""
         ids = self.case.private
-        now = Bottom(self.case.split, self.bank, cut).hidden(ids)
+        now = Bottom(self.case.split, self.bank, cut, self.bank).hidden(ids)
         arrived = {FIRST: tap.private(now)}
         if tap.remembers:
             again = self.open_tap(self.case, cut)
-            again.private(Bottom(self.case.split, bank_of(self.case, self.case.earlier), cut).hidden(ids))
+            before = bank_of(self.case, self.case.earlier)
+            again.private(Bottom(self.case.split, before, cut, before).hidden(ids))
             arrived[LATER] = again.private(now)
         return arrived
 
@@ -234,7 +247,7 @@ class _Attack:
         case, began_s = self.case, monotonic_s()
         returned = client_step(case, self.bank, made.cut)
         end = Ownership(replace(case.plan, cut=made.cut), case.split.blocks).server_end
-        alike = changes_nothing(case.layout, case.adapters, end, case.split.blocks)
+        alike = changes_nothing(case.layout, case.adapters, end, case.split.blocks) and knows_all(case)
         counted = counted_labels(returned.labels)
         true = torch.where(counted, returned.labels, 0)
         findings, found = list(made.findings), dict(made.found)
@@ -243,7 +256,7 @@ class _Attack:
         for number, attacker in enumerate(attackers):
             now_s = monotonic_s()
             until_s = now_s + max(0.0, began_s + left_s - now_s) / (len(attackers) - number)
-            labels, reached = read_labels(case.split, self._bank(attacker), end, returned, until_s)
+            labels, reached = read_labels(case.split, self._bank(attacker), end, returned, until_s, self._pairs(attacker))
             inside = counted & (torch.arange(labels.shape[1]) >= labels.shape[1] - reached)
             figures = score(labels, true, inside, self.rare)
             if reached < labels.shape[1]:

@@ -5,7 +5,7 @@ Axes: n rows of the bank, s sessions, b sequences of a session, t tokens, d hidd
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -78,7 +78,7 @@ class Affine(torch.autograd.Function):
         return torch.bmm(gradient, weight[:, :, :-1]) if ctx.needs_input_grad[0] else None, None, None, None, None, None
 
 
-def around(bank: AdapterBank, boundaries: dict[int, Place]) -> Callable[[int, Tensor], Tensor]:
+def around(bank: AdapterBank, boundaries: Mapping[int, Place]) -> Callable[[int, Tensor], Tensor]:
     """A route's `cross` that sends all rows [r t d] through the bottlenecks at these boundaries, without a wire: the model as it is used
     through its bottleneck. The bank has one row."""
 
