@@ -27,6 +27,7 @@ from splitft.apps.assemble import (
 from splitft.apps.bottleneck_setup import begin_bottlenecks, cuts_of
 from splitft.apps.costs import client_costs
 from splitft.apps.privacy_setup import settle
+from splitft.compress.noise import noise_in
 from splitft.config import RunConfig
 from splitft.data.base import ClientData, DistantRows, FederatedData, Source, TokenRows
 from splitft.data.federate import public_rows
@@ -145,6 +146,11 @@ def unfit(config: RunConfig, built: Components) -> Iterator[str]:
         yield "clients.count is the number of seats of the federation; set it to 1 or more"
     if config.tokens.held_out == 0 and not config.federation.held_out:
         yield "nothing is held out to measure on: set tokens.held_out above 0 or federation.held_out to a public text"
+    if config.tokens.held_out > 0 and noise_in(built.uplink) is not None:
+        yield (
+            "uplink adds noise, and clients' held-out rows are measured without codecs: set tokens.held_out = 0 and federation.held_out "
+            "to a public text"
+        )
     if config.tokens.held_out > 0 and config.bottleneck.channels:
         yield (
             "bottleneck.channels: clients' held-out rows are measured whole, without the bottleneck: set tokens.held_out = 0 and "
