@@ -213,7 +213,7 @@ class FederatedRun:
         run.journal.append(
             {"event": "run_finished", "rounds": run.state.round, "wall_s": run.state.wall_s, "virtual_s": run.state.virtual_s}
         )
-        if private_in(built.components.aggregator) is not None and run.measure is None:
+        if private_in(built.components.aggregator) is not None:
             from splitft.apps.private_check import verify_after
 
             run.journal.append(verify_after(self))
