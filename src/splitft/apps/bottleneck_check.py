@@ -38,7 +38,7 @@ def measured_through(run: Run) -> list[dict[str, Any]]:
         "round": state.round,
         **bottleneck_facts(layout),
         "exported": bare.to_json(),
-        "through": {str(cut): one.to_json() for cut, one in zip(cuts, others, strict=True)},
+        "through": [{"cut": cut, **one.to_json()} for cut, one in zip(cuts, others, strict=True)],
     }
     told = ", ".join(f"{one.perplexity:.1f} at cut {cut}" for cut, one in zip(cuts, others, strict=True))
     text = (
