@@ -235,3 +235,22 @@ def test_a_cut_without_a_bottleneck_is_refused_at_both_ends() -> None:
         run(fed, "workers", start, [plans([2, 1, 2])])
     with pytest.raises(AdapterError, match="no bottleneck"):
         run(fed, "cohort", start, [plans([2, 1, 2])])
+
+
+def test_whole_states_are_refused_where_a_bottleneck_is_due(monkeypatch: pytest.MonkeyPatch) -> None:
+    fed, start = narrow(federation(), cuts=(2,))
+    monkeypatch.setattr("splitft.engine.client.encode", lambda bank, place, boundary, hidden: hidden)
+    with pytest.raises(ProtocolError, match="of width 5"):
+        run(fed, "workers", start, [plans([2, 2, 2])])
+
+
+def test_a_model_in_bfloat16_learns_through_a_bottleneck_in_float32() -> None:
+    made = federation()
+    made.split.model.to(torch.bfloat16)
+    fed, start = narrow(made, cuts=(2,), principal_start=True)
+    found, losses, ledgers = run(fed, "cohort", start, [plans([2, 2, 2], steps=6)])
+    _, same, _ = run(fed, "workers", start, [plans([2, 2, 2], steps=6)])
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(torch.tensor(losses), torch.tensor(same), rtol=0.02, atol=0.02)
+    rows = 6 * 2 * 12 * 5
+    assert ledgers[0].clients[0]["up"]["activations"] == 6 * HEADER_BYTES + 2 * rows, "two bytes a number, as states of this model have"
