@@ -24,13 +24,15 @@ COMMON: dict[str, Any] = {"rounds": 2, "clients": {"count": 2}, "policy": {"name
 
 
 def patterns(model: Path) -> dict[str, bytes]:
-    """The canary as text in several codings, its words, and a window of its tokens as numbers of any width."""
+    """The canary as text in several codings, its words, and any eight of its tokens in a row as numbers of any width."""
     tokenizer: Any = AutoTokenizer.from_pretrained(model)
-    window = np.array(tokenizer.encode(CANARY, add_special_tokens=False)[4:18])
+    ids = np.array(tokenizer.encode(CANARY, add_special_tokens=False))
     found = {code: CANARY.encode(code) for code in ("utf-8", "utf-16-le", "utf-32-le")}
     found |= {f"base64 {k}": base64.b64encode(CANARY.encode()[k : k + 24])[4:-4] for k in range(3)}
-    found |= {f"tokens {kind}": window.astype(kind).tobytes() for kind in ("uint8", "<u2", "<i4", "<i8", ">i4", "<f4")}
-    found |= {"tokens as text": ", ".join(map(str, window)).encode(), "tokens as JSON": ",".join(map(str, window)).encode()}
+    for start in range(len(ids) - 8):
+        window = ids[start : start + 8]
+        found |= {f"tokens {start} {kind}": window.astype(kind).tobytes() for kind in ("uint8", "<u2", "<i4", "<i8", ">i4", "<f4")}
+        found |= {f"tokens {start} with {comma!r}": comma.join(map(str, window)).encode() for comma in (", ", ",", "\n", ",\n    ")}
     return found | {word: word.encode() for word in CANARY.split() if not word.isdigit()}
 
 

@@ -176,9 +176,15 @@ def prepare(request: Request, options: Options) -> Prepared:
         "labels": request.config.split.labels,
         "tail_blocks": plan.tail_blocks,
         "seed": request.config.seed,
-        "adapter": "the joined adapter" if not request.steps else f"the joined adapter after {request.steps} local steps",
+        "adapter": _adapter_words(state, request.steps),
     }
     return Prepared(case, cuts, facts, tokenizer)
+
+
+def _adapter_words(state: RunState | None, steps: int) -> str:
+    """What is attacked: of a run, or what one would begin with."""
+    which = "the adapter that training begins with" if state is None else f"the joined adapter of round {state.round}"
+    return f"{which}, after {steps} local steps" if steps else which
 
 
 def _state(request: Request, built: Assembly) -> RunState | None:
@@ -267,7 +273,7 @@ def show(made: Audit, prepared: Prepared, show_text: bool) -> None:
     screen = Console(highlight=False)
     screen.print(audit_table(made))
     facts = prepared.facts
-    what = f"Client {facts['client']}, cut {facts['cut']}, {facts['adapter']} of round {facts['round']}; {facts['dtype']}."
+    what = f"Client {facts['client']}, cut {facts['cut']}, {facts['adapter']}; model {facts['model']}, {facts['dtype']}."
     for line in (what, *summary_lines(made)):
         screen.print(Text(line))
     if not show_text:
