@@ -12,11 +12,12 @@ from splitft.audit.base import Options
 from splitft.audit.bottom import Bottom
 from splitft.audit.gradient import NO_LABEL, client_step, read_labels
 from splitft.audit.run import audit, bank_of, leak_by_cut
-from splitft.audit.tap import Tap
+from splitft.audit.tap import Tap, along, directions_of
 from splitft.compress.base import Codec
 from splitft.compress.error_bounded import ErrorBounded
 from splitft.compress.identity import Identity
 from splitft.compress.noise import Noise
+from splitft.compress.projection import Projection
 from splitft.compress.quantize import Quantize
 from splitft.compress.residual import Residual
 from splitft.types import IGNORE_LABEL
@@ -207,3 +208,33 @@ def test_a_wrong_prefix_does_not_pass_for_the_right_one() -> None:
     right, other = (Bottom(case.split, bank, 2).hidden(case.private) for bank in (known, bank_of(case, wrong)))
     distance = (right - other).norm(dim=-1) / right.norm(dim=-1)
     assert float(distance.min()) > 1e-3
+
+
+@pytest.mark.timeout(60)
+def test_few_axes_hide_nothing_from_who_has_the_axes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A guess is compared along the axes that were sent; compared along all, the right one differs by what was left out."""
+    _, _, case = scene()
+    width = case.split.hidden_size
+    coded = adapted(case, settings=replace(case.settings, uplink=Projection(Identity(), dimensions=width // 8)))
+
+    def leak() -> float:
+        return max(one.figures.accuracy for one in audit(coded, QUICK, gradients=False).cuts[0].findings if one.attacker == "K")
+
+    along_the_axes = leak()
+    monkeypatch.setattr("splitft.audit.run.directions_of", lambda arrived: None)
+    along_all = leak()
+    assert along_the_axes >= 0.9
+    assert along_all < 0.8 * along_the_axes, (along_all, along_the_axes)
+
+
+def test_the_directions_of_what_arrived() -> None:
+    draw = torch.Generator().manual_seed(3)
+    axes = torch.linalg.qr(torch.randn(32, 5, generator=draw)).Q.T
+    few = torch.randn(4, 12, 5, generator=draw) @ axes
+    found = directions_of(few)
+    assert found is not None and found.shape == (5, 32)
+    torch.testing.assert_close(along(few, found), few, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(along(torch.eye(32), found), axes.T @ axes, rtol=1e-4, atol=1e-4)
+    assert directions_of(torch.randn(4, 12, 32, generator=draw)) is None  # nothing was left out
+    assert directions_of(torch.randn(2, 5, 32, generator=draw)) is None  # no more directions than rows says nothing
+    assert directions_of(torch.zeros(2, 5, 32)) is None
