@@ -50,9 +50,22 @@ def rows(blocks: int, width: int) -> dict[str, list[str]]:
         f"bottleneck {quarter} of {width}": [cut, BOTTLENECK % quarter],
         f"bottleneck {quarter // 2} of {width}": [cut, BOTTLENECK % (quarter // 2)],
         f"bottleneck {quarter}, noise 1 rms": [cut, both % (1.0, quarter)],
+        f"bottleneck {quarter // 2}, noise 1 rms": [cut, both % (1.0, quarter // 2)],
         "U-shape, head": [cut, *client],
         "U-shape, one block": [cut, *client, "split.tail_blocks=1"],
+        f"axes kept, {quarter} of {width}": [cut, *trained(quarter, learning_rate=0.0)],
+        f"axes kept, {quarter // 2}, noise 1 rms": [cut, *trained(quarter // 2, learning_rate=0.0, noise=1.0)],
+        f"trained, {quarter} of {width}": [cut, *trained(quarter)],
+        f"trained, {quarter // 2} of {width}": [cut, *trained(quarter // 2)],
+        f"trained, {quarter}, noise 1 rms": [cut, *trained(quarter, noise=1.0)],
+        f"trained, {quarter // 2}, noise 1 rms": [cut, *trained(quarter // 2, noise=1.0)],
+        f"U-shape, head, trained, {quarter}, noise 1 rms": [cut, *client, *trained(quarter, noise=1.0)],
     }
+
+
+def trained(channels: int, **fields: float) -> list[str]:
+    """A bottleneck that is trained with the adapters."""
+    return [f"bottleneck.channels={channels}", *(f"bottleneck.{name}={value}" for name, value in fields.items())]
 
 
 def command(*arguments: str) -> None:
@@ -67,6 +80,7 @@ def measured(name: str, overrides: list[str], folder: Path, model: str) -> dict[
     command("audit", str(run), "--quiet", "--sequences", "4", "--tokens", "48", "--seconds", "25")
     events = [json.loads(line) for line in (run / "journal.jsonl").read_text("utf-8").splitlines()]
     scored = [event["global"] for event in events if event["event"] == "evaluation"]
+    through = [one["perplexity"] for event in events if event["event"] == "bottleneck" for one in event["through"]]
     trained = [event for event in events if event["event"] == "round"]
     sent = sum(sum(sum(kinds.values()) for kinds in one["bytes"].values()) for event in trained for one in event["clients"])
     audit = json.loads((run / "audit.json").read_text("utf-8"))
@@ -76,6 +90,7 @@ def measured(name: str, overrides: list[str], folder: Path, model: str) -> dict[
     return {
         "before": scored[0]["perplexity"],
         "perplexity": scored[-1]["perplexity"],
+        "through": next(iter(through), None),
         "bytes": sent,
         "leaks": found,
         "labels_sent": audit["labels_sent"],
@@ -85,14 +100,16 @@ def measured(name: str, overrides: list[str], folder: Path, model: str) -> dict[
     }
 
 
-def table(results: dict[str, Any]) -> str:
+def table(results: dict[str, Any], order: list[str]) -> str:
     """The rows as Markdown."""
-    lines = ["| uplink, cut, tail | perplexity | MB | K, adapter known | B, base only | labels |", "|---|---:|---:|---:|---:|---:|"]
-    for name, one in results["rows"].items():
+    head = "| uplink, cut, tail | perplexity | through | MB | K, adapter known | B, base only | labels |"
+    lines = [head, "|---|---:|---:|---:|---:|---:|---:|"]
+    for name, one in ((name, results["rows"][name]) for name in order):
         leaks = one["leaks"]
         labels = "sent" if one["labels_sent"] else " / ".join(f"{leaks[key]:.3f}" for key in ("L", "L base") if key in leaks)
         ways = [f"{leaks[key]:.3f}" if key in leaks else "" for key in ("K", "B")]
-        lines.append(f"| {name} | {one['perplexity']:.1f} | {one['bytes'] / 1e6:.1f} | {ways[0]} | {ways[1]} | {labels} |")
+        through = "" if one.get("through") is None else f"{one['through']:.1f}"
+        lines.append(f"| {name} | {one['perplexity']:.1f} | {through} | {one['bytes'] / 1e6:.1f} | {ways[0]} | {ways[1]} | {labels} |")
     return "\n".join(lines)
 
 
@@ -107,13 +124,14 @@ def main() -> None:
     name = Path(chosen.model).name
     path = RESULTS / f"privacy-{name}.json"
     results: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.is_file() else {"model": name, "base": BASE, "rows": {}}
-    for row, overrides in rows(int(text.num_hidden_layers), int(text.hidden_size)).items():
+    wanted = rows(int(text.num_hidden_layers), int(text.hidden_size))
+    for row, overrides in wanted.items():
         if row in results["rows"]:
             continue
         results["rows"][row] = measured(row, overrides, chosen.folder / name, chosen.model)
         path.write_text(json.dumps(results, indent=1) + "\n", "utf-8")
         print(row, results["rows"][row]["perplexity"], results["rows"][row]["leaks"], file=sys.stderr)
-    print(table(results))
+    print(table(results, list(wanted)))
 
 
 if __name__ == "__main__":

@@ -151,7 +151,7 @@ def _kind(annotation: Any) -> str:
     if origin is typing.Literal:
         return ", ".join(f"`{format_value(choice)}`" for choice in arguments)
     if origin in (tuple, list):
-        return "list of texts"
+        return "list of whole numbers" if arguments[0] is int else "list of texts"
     if origin in (typing.Union, UnionType):
         return ", ".join(_kind(argument) for argument in arguments)
     raise TypeError(f"tools/docs.py has no words for the type {annotation!r}: add them to _kind.")

@@ -13,10 +13,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_serializer, model_validator
 
+from splitft.config_bottleneck import BottleneckSection
 from splitft.config_checks import Problem, cross_check, plain_fault, problems_of
 from splitft.config_federation import FederationSection
 from splitft.config_fields import Count, CountOrZero, Decay, NotNegative, Section, Share
 from splitft.config_secure import SecureAggregationSection
+from splitft.config_tokens import TokensSection
 from splitft.config_values import Values, merge_overrides, resolve_paths, without
 from splitft.errors import ConfigError
 from splitft.toml import read_toml, write_toml
@@ -103,19 +105,6 @@ class LoraSection(Section):
     )
     adapter: str = Field(
         "", description="Folder of a PEFT adapter to start from (its own rank, alpha and modules count then); empty starts from zero."
-    )
-
-
-class TokensSection(Section):
-    """How documents become rows of tokens, and what is held out."""
-
-    packing: Literal["blocks", "documents"] = Field(
-        "blocks", description='"blocks" joins documents and cuts them to equal length; "documents" keeps one document a row.'
-    )
-    block_tokens: Annotated[int, Field(ge=8, le=1_048_576)] = Field(128, description="Tokens of a row; longer documents are cut.")
-    held_out: Share = Field(0.1, description="Share of each client's documents kept from training to measure it; 0 keeps none.")
-    common_held_out: Share = Field(
-        0.05, description="Share of all documents kept from every client to measure the global model; 0 takes the clients' slices for it."
     )
 
 
@@ -303,6 +292,7 @@ class RunConfig(Section):
     ranks: Component = _component("uniform", "How large each adapter's rank is, up to lora.rank.")
     work: Component = _component("equal", "How many local steps each participant takes, train.local_steps on average.")
     split: SplitSection = Field(default_factory=SplitSection)
+    bottleneck: BottleneckSection = Field(default_factory=BottleneckSection)
     network: NetworkSection = Field(default_factory=NetworkSection)
     train: TrainSection = Field(default_factory=TrainSection)
     uplink: Component = _component("cast", "Codec of what clients send at the cut.", dtype="bfloat16")

@@ -147,6 +147,15 @@ def cross_check(config: RunConfig) -> Iterator[Problem]:
             f"train.warmup_steps = {train.warmup_steps}: must be at most the run's {total_steps} steps (rounds × train.local_steps).",
             ("rounds", "train.local_steps"),
         )
+    for name in ("noise", "clip", "cuts") if not config.bottleneck.channels else ():
+        if value := getattr(config.bottleneck, name):
+            yield Problem(f"bottleneck.{name}", f"bottleneck.{name} = {shown(value)}: needs bottleneck.channels.", ("bottleneck.channels",))
+    if tokens.bucket_tokens and tokens.block_tokens % tokens.bucket_tokens:
+        yield Problem(
+            "tokens.bucket_tokens",
+            f"tokens.bucket_tokens = {tokens.bucket_tokens}: must divide tokens.block_tokens = {tokens.block_tokens}, or be 0.",
+            ("tokens.block_tokens",),
+        )
     if tokens.held_out + tokens.common_held_out >= 1.0:
         yield Problem(
             "tokens.held_out",

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, TypeAlias
 
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from splitft.bottleneck import Matrix, Pair, Place
 from splitft.errors import AdapterError
 from splitft.products import FrozenConv1D, FrozenLinear, product
 from splitft.rng import torch_stream
@@ -49,9 +50,13 @@ class Entry:
 
 @dataclass(frozen=True)
 class Layout:
-    """The order of all adapters in a row: by block, then by module. Frozen, so a column range means the same everywhere."""
+    """The order of all adapters in a row: by block, then by module. Frozen, so a column range means the same everywhere.
+
+    The matrices of bottlenecks stand behind the adapters of their block; `entries` are the adapters alone.
+    """
 
     entries: tuple[Entry, ...]
+    matrices: tuple[Matrix, ...] = ()
 
     @classmethod
     def of(cls, widths: Mapping[Key, tuple[int, int]], rank: int | Mapping[Key, int], scale: float | Mapping[Key, float]) -> Layout:
@@ -68,10 +73,38 @@ class Layout:
             start = entry.end
         return cls(tuple(entries))
 
+    def beside(self, matrices: Iterable[Matrix]) -> Layout:
+        """The same adapters with the matrices of bottlenecks among them."""
+        entries, placed, start = [], [], 0
+        waiting = sorted(matrices, key=lambda one: (one.block, one.name))
+        for block in sorted({*(entry.key.block for entry in self.entries), *(one.block for one in waiting)}):
+            for entry in (entry for entry in self.entries if entry.key.block == block):
+                entries.append(replace(entry, start=start))
+                start = entries[-1].end
+            for one in (one for one in waiting if one.block == block):
+                placed.append(one.at(start))
+                start += one.size
+        return Layout(tuple(entries), tuple(placed))
+
+    def pair(self, place: Place, boundary: int) -> Pair:
+        """The bottleneck at a boundary. Raises AdapterError where the run has none there."""
+        found = self._pairs.get((place, boundary))
+        if found is None:
+            raise AdapterError(
+                f"a tensor is to cross at the {place} behind block {boundary - 1}, where this run has no bottleneck.",
+                "name the cut in bottleneck.cuts.",
+            )
+        return found
+
+    @cached_property
+    def _pairs(self) -> dict[tuple[Place, int], Pair]:
+        decoders = {(one.place, one.boundary): one for one in self.matrices if not one.encodes}
+        return {where: Pair(one, decoders[where]) for one in self.matrices if one.encodes for where in [(one.place, one.boundary)]}
+
     @property
     def parameters(self) -> int:
         """Length p of a row."""
-        return self.entries[-1].end if self.entries else 0
+        return max(self.entries[-1].end if self.entries else 0, self.matrices[-1].end if self.matrices else 0)
 
     @cached_property
     def by_key(self) -> dict[Key, Entry]:
@@ -86,14 +119,13 @@ class Layout:
     @cached_property
     def _block_starts(self) -> list[int]:
         """The first column of every block, adapted or not, and behind them the number of columns."""
-        blocks = range(self.entries[-1].key.block + 1 if self.entries else 0)
-        starts = iter(self.entries)
-        found, entry = [], next(starts, None)
-        for block in blocks:
-            while entry is not None and entry.key.block < block:
-                entry = next(starts, None)
-            found.append(self.parameters if entry is None else entry.start)
-        return [*found, self.parameters]
+        firsts: dict[int, int] = {}
+        for block, start in (*((e.key.block, e.start) for e in self.entries), *((one.block, one.start) for one in self.matrices)):
+            firsts[block] = min(start, firsts.get(block, start))
+        found = [self.parameters]
+        for block in range(max(firsts, default=-1), -1, -1):
+            found.append(firsts.get(block, found[-1]))
+        return found[::-1]
 
     def active(self, ranks: Sequence[int]) -> Tensor:
         """Which columns [p] (bool) adapters of these ranks, one per entry, use: the first rows of A and the first columns of B."""
@@ -101,6 +133,8 @@ class Layout:
         for entry, rank in zip(self.entries, ranks, strict=True):
             mask[entry.start : entry.start + min(rank, entry.rank) * entry.inputs] = True
             mask[entry.middle : entry.end].view(entry.outputs, entry.rank)[:, :rank] = True
+        for one in self.matrices:
+            mask[one.start : one.end] = True
         return mask
 
     def factors(self, row: Tensor) -> dict[Key, Factors]:
@@ -169,13 +203,13 @@ class Adapters:
         """Add the factors' gradients to the bank's for the gradient [s t o] of the output; returns that of `low` [s r t]."""
         low_gradient = torch.bmm(self.b.transpose(1, 2), gradient.transpose(1, 2)).mul_(self.scale)
         if self.a_gradients is not None:
-            _add_rows(self.a_gradients, self.rows, torch.bmm(low_gradient, inputs))
+            add_rows(self.a_gradients, self.rows, torch.bmm(low_gradient, inputs))
         if self.b_gradients is not None:
-            _add_rows(self.b_gradients, self.rows, torch.bmm(low, gradient).mul_(self.scale).transpose(1, 2))
+            add_rows(self.b_gradients, self.rows, torch.bmm(low, gradient).mul_(self.scale).transpose(1, 2))
         return low_gradient
 
 
-def _add_rows(total: Tensor, rows: Rows, part: Tensor) -> None:
+def add_rows(total: Tensor, rows: Rows, part: Tensor) -> None:
     """total[rows] += part, whatever their types; a row named twice gets both."""
     if isinstance(rows, Tensor):
         total.index_add_(0, rows.to(total.device), part.to(total))
@@ -275,6 +309,10 @@ class AdapterBank:
         self.layout = layout
         self.values = torch.zeros(rows, layout.parameters, device=device)
         self.gradients = torch.zeros_like(self.values)
+        if any(not one.trained for one in layout.matrices):
+            trained = torch.ones(layout.parameters, dtype=torch.bool) if trained is None else trained.clone()
+            for one in (one for one in layout.matrices if not one.trained):
+                trained[one.start : one.end] = False
         self.trained = None if trained is None else trained.to(self.values)
         wanted = None if blocks is None else frozenset(blocks)
         self._cast: tuple[tuple[torch.dtype, int], Tensor] | None = None
@@ -285,6 +323,11 @@ class AdapterBank:
                     self._leaf(entry.start, entry.middle, entry.rank, entry.inputs),
                     self._leaf(entry.middle, entry.end, entry.outputs, entry.rank),
                 )
+        self.matrices = {
+            one.name: self._leaf(one.start, one.end, one.outputs, one.inputs)
+            for one in layout.matrices
+            if wanted is None or one.block in wanted
+        }
 
     def _leaf(self, start: int, end: int, first: int, second: int) -> Tensor:
         """A trainable view [n first second] of the columns, whose gradient accumulates in place in the gradient matrix."""

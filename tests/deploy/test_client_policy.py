@@ -9,10 +9,28 @@ import msgspec
 import pytest
 import torch
 
+from splitft.compress.base import Codec
+from splitft.compress.cast import Cast
+from splitft.compress.entropy import Entropy
+from splitft.compress.error_bounded import ErrorBounded
+from splitft.compress.identity import Identity
+from splitft.compress.noise import Noise
+from splitft.compress.projection import Projection
+from splitft.compress.quantize import Quantize
 from splitft.config import RunConfig, parse_config
-from splitft.deploy.policy import ClientPolicy, check_adapters, check_gradient, check_round, check_welcome, load_policy, parse_policy
+from splitft.deploy.policy import (
+    ClientPolicy,
+    check_adapters,
+    check_gradient,
+    check_noise,
+    check_round,
+    check_score,
+    check_welcome,
+    load_policy,
+    parse_policy,
+)
 from splitft.errors import ConfigError, PolicyError
-from splitft.messages import RoundStart
+from splitft.messages import RoundStart, ScoreStart
 
 MODEL, OTHER = "a" * 64, "b" * 64
 STRICT = {
@@ -95,14 +113,94 @@ def test_what_only_the_downlink_has_does_not_count_on_a_plain_cut() -> None:
     check_welcome(policy, config(split={"labels": "server"}, downlink="identity", exit_uplink="identity"), MODEL)
 
 
-def test_another_model_another_server_and_missing_noise_are_refused() -> None:
+def test_another_model_and_another_server_are_refused() -> None:
     with pytest.raises(PolicyError, match=rf"{OTHER}.*only {MODEL} \(base_model\)"):
         check_welcome(parse_policy(STRICT), config(), OTHER, "ab" * 32)
     for shown in ("cd" * 32, "", "ab" * 31):
         with pytest.raises(PolicyError, match="server_fingerprint"):
             check_welcome(parse_policy(STRICT), config(), MODEL, shown)
-    with pytest.raises(PolicyError, match="which no codec offers yet"):
-        check_welcome(parse_policy({"noise_floor": 0.1}), RunConfig(), MODEL)
+
+
+@pytest.mark.parametrize(
+    ("codec", "rms"),
+    [
+        (Identity(), 0.0),
+        (Entropy(inner=Quantize()), 0.0),
+        (Noise(inner=Cast("bfloat16"), multiple=0.4), 0.4),
+        (Noise(inner=Projection(inner=Quantize(), dimensions=4), multiple=0.4), 0.4),
+        (Entropy(inner=Noise(inner=ErrorBounded(), multiple=0.4)), 0.4),
+        (Entropy(inner=Noise(inner=Quantize(), clip=3.0, multiple=0.05)), 0.05 * 64**0.5),
+    ],
+)
+def test_the_floor_of_noise_is_held_against_the_whole_stack(codec: Codec, rms: float) -> None:
+    """Whatever stands around or inside, in root mean squares of a row of 64 channels; in a U-shape the returned gradients count too."""
+    labels = {"labels": "client"}
+    check_noise(parse_policy({"noise_floor": rms, **labels}), {"uplink": codec}, 64)
+    for leaving in ({"uplink": codec}, {"uplink": Noise(inner=Identity(), multiple=9.0), "exit_uplink": codec}):
+        with pytest.raises(PolicyError, match=rf"noise of {rms:g} rms on what leaves \({list(leaving)[-1]}\).*\(noise_floor\)"):
+            check_noise(parse_policy({"noise_floor": rms + 0.01, **labels}), leaving, 64)
+    check_noise(ClientPolicy(), {"uplink": codec}, 64)
+
+
+def test_the_real_noise_is_what_the_floor_counts() -> None:
+    """Independently: what a stack adds, measured over rows of one length, without a look at its fields."""
+    rows = torch.randn(200, 64, generator=torch.Generator().manual_seed(1))
+    for codec in (Noise(inner=Identity(), multiple=0.4), Noise(inner=Identity(), clip=8.0, multiple=0.05)):
+        long = rows / rows.norm(dim=1, keepdim=True) * 8.0  # at the clip
+        state = codec.init()
+        packet, _ = codec.encode(long, state, torch.Generator().manual_seed(2))
+        arrived, _ = codec.decode(packet, codec.init())
+        measured = float((arrived - long).square().mean().sqrt() / long.square().mean().sqrt())
+        check_noise(parse_policy({"noise_floor": 0.97 * measured, "labels": "client"}), {"uplink": codec}, 64)
+        with pytest.raises(PolicyError, match="noise_floor"):
+            check_noise(parse_policy({"noise_floor": 1.03 * measured, "labels": "client"}), {"uplink": codec}, 64)
+
+
+def test_a_floor_of_noise_leaves_no_way_around() -> None:
+    """Labels would be the text, and measured rows leave without codecs."""
+    with pytest.raises(ConfigError, match='needs labels = "client"'):
+        parse_policy({"noise_floor": 0.1})
+    start = ScoreStart(round=0, client=0, cut=2, tail_blocks=0, exit_on_client=True, batch_size=2, max_rows=0)
+    check_score(parse_policy({"labels": "client"}), start)
+    with pytest.raises(PolicyError, match="held-out rows, which are measured without codecs"):
+        check_score(parse_policy({"noise_floor": 0.1, "labels": "client"}), start)
+
+
+INSISTS = {"secure_aggregation": "required", "least_owners": 5, "least_threshold": 0.75, "peers": ["clinic"], "least_bucket_tokens": 16}
+HIDDEN = {"enabled": True, "minimum": 5, "threshold": 0.75}
+
+
+@pytest.mark.parametrize(
+    ("field", "changes"),
+    [
+        ("secure_aggregation", {"secure_aggregation": {**HIDDEN, "enabled": False}}),
+        ("least_owners", {"secure_aggregation": {**HIDDEN, "minimum": 4}}),
+        ("least_threshold", {"secure_aggregation": {**HIDDEN, "threshold": 0.74}}),
+        ("least_threshold", {"secure_aggregation": {**HIDDEN, "threshold": 0.0}}),  # two thirds
+        ("least_bucket_tokens", {"tokens": {"bucket_tokens": 8}}),
+        ("least_bucket_tokens", {"tokens": {"bucket_tokens": 0}}),
+    ],
+)
+def test_a_run_that_hides_less_than_the_policy_wants_is_refused_at_the_door(field: str, changes: dict[str, Any]) -> None:
+    policy, fine = parse_policy(INSISTS), {"secure_aggregation": HIDDEN, "tokens": {"bucket_tokens": 16}}
+    check_welcome(policy, config(**fine), MODEL)
+    with pytest.raises(PolicyError, match=rf"\({field}\).* change {field} in the policy file"):
+        check_welcome(policy, config(**{**fine, **changes}), MODEL)
+    check_welcome(ClientPolicy(), config(**{**fine, **changes}), MODEL)
+
+
+def test_a_round_that_asks_for_adapters_in_the_clear_is_refused_whatever_was_announced() -> None:
+    policy = parse_policy({"secure_aggregation": "required"})
+    check_round(policy, order(upload=False))
+    with pytest.raises(PolicyError, match=r"adapters in the clear at the end of a round.*\(secure_aggregation\)"):
+        check_round(policy, order(upload=True))
+    check_round(ClientPolicy(), order(upload=True))
+
+
+def test_how_a_sum_is_hidden_means_nothing_where_it_need_not_be() -> None:
+    for name in ("least_owners", "least_threshold", "peers"):
+        with pytest.raises(ConfigError, match=f'{name}: needs secure_aggregation = "required"'):
+            parse_policy({name: INSISTS[name]})
 
 
 @pytest.mark.parametrize(

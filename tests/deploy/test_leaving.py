@@ -34,7 +34,9 @@ GREETINGS = {
     letters.Hello: ("major", "minor", "version", "name", "takeover", "needs"),
     TransportHello: ("process", "server", "received", "filled", "greeting"),
 }
-# Frames: their fields, and the tensors they carry. Labels only where labels are on the server; beside a step's fields: tokens of each row.
+# Frames: their fields, and the tensors they carry. Labels only where labels are on the server; beside a step's fields: tokens of each row,
+# multiples with tokens.bucket_tokens (test_leaving_lengths.py). normaliser, targets and tokens are counts of targets: true ones, of a
+# micro-batch, a step and a round, for the server to weigh by.
 STEP = ("round", "client", "step", "micro", "normaliser", "targets", "squared_norm", "loss_sum")
 FRAMES: dict[Type, tuple[tuple[str, ...], tuple[str, ...]]] = {
     Type.STEP_UP: (STEP, ("activations", "labels")),

@@ -12,15 +12,16 @@ from typing import Any
 import msgspec
 import pytest
 
+from splitft.apps import server_setup
 from splitft.deploy.letters import Finished, Letter, Open, Part, PartInfo, Welcome, pack, read
 from splitft.deploy.parts import model_digest
 from splitft.deploy.policy import parse_policy
-from splitft.errors import ModelError, PolicyError, ProtocolError, SplitftError
+from splitft.errors import ConfigError, ModelError, PolicyError, ProtocolError, SplitftError
 from splitft.messages import Frame, RoundStart, ScoreStart, Type, decode
 
 from ..net.proxy import Proxy
-from .federation_scenes import scene
-from .hostile import MIB, Said, Tamper, filled, lying, rss_bytes
+from .federation_scenes import federation_config, scene
+from .hostile import MIB, Said, Tamper, bent, filled, lying, rss_bytes
 from .process_scenes import Ground
 from .security_runs import COMMON, merged
 from .test_security_numbers import LARGE, NAN
@@ -87,6 +88,8 @@ def with_part(honest: Welcome, part: PartInfo) -> Welcome:
 
 
 POLICY = {"minimum_cut": 2, "maximum_rounds": 100, "maximum_local_steps": 50, "maximum_step_rows": 64}
+HIDDEN = {"secure_aggregation": "required"}
+CUTS = {"name": "fixed", "cuts": [2, 2]}
 HONEST_WELCOME: Callable[[Welcome], Welcome] = lambda honest: honest  # noqa: E731
 SILENT: Tamper = lambda kind, payload: [(kind, payload)]  # noqa: E731
 # What the server says; the client's policy; what the client raises; a word of its message.
@@ -168,6 +171,37 @@ LIES: dict[str, tuple[Callable[[Welcome], Welcome], Tamper, dict[str, Any], type
         ProtocolError,
         "calls the model",
     ),
+    "adapters in the clear": (HONEST_WELCOME, SILENT, HIDDEN, PolicyError, "secure_aggregation"),
+    "a sum, and adapters in the clear after all": (
+        told(secure_aggregation={"enabled": True}, train={"moments": "reset"}),
+        SILENT,
+        HIDDEN,
+        PolicyError,
+        "in the clear at the end of a round",
+    ),
+    "a sum of three": (told(secure_aggregation={"enabled": True}), SILENT, {**HIDDEN, "least_owners": 5}, PolicyError, "least_owners"),
+    "a sum that half can open": (
+        told(secure_aggregation={"enabled": True, "threshold": 0.51}),
+        SILENT,
+        {**HIDDEN, "least_threshold": 0.6},
+        PolicyError,
+        "least_threshold",
+    ),
+    "rows as long as they are": (HONEST_WELCOME, SILENT, {"least_bucket_tokens": 8}, PolicyError, "least_bucket_tokens"),
+    "less noise than the floor": (
+        told(uplink={"name": "entropy", "inner": {"name": "noise", "multiple": 0.4}}, split={"labels": "client"}),
+        SILENT,
+        {"noise_floor": 0.5, "labels": "client"},
+        PolicyError,
+        "noise of 0.4 rms",
+    ),
+    "noise, and gradients without": (
+        told(uplink={"name": "noise", "multiple": 0.5}, split={"labels": "client"}),
+        SILENT,
+        {"noise_floor": 0.5, "labels": "client"},
+        PolicyError,
+        "exit_uplink",
+    ),
     "a seat of its own": (lambda honest: msgspec.structs.replace(honest, seat=2**40), SILENT, POLICY, ProtocolError, "seat"),
 }
 
@@ -204,6 +238,28 @@ def test_a_client_does_not_follow_a_lie(tmp_path: Path, ground: Ground, monkeypa
         if lie not in ("a gradient of a billion", "a gradient of another shape", "moments of blocks that are none"):
             sent = [decode(payload).kind for kind, payload in after if kind == Letter.FRAME]
             assert not LEAVES & set(sent), (sent, "a frame went out after the lie")
+
+
+def test_held_out_rows_do_not_leave_without_the_noise_of_the_run(tmp_path: Path, ground: Ground, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measured rows pass no codec. An honest server does not start such a run; a client does not answer another one's question."""
+    ground.copy_to(tmp_path)
+    changes = merged(COMMON, {"rounds": 1, "clients": {"minimum": 1}, "uplink": "noise", "policy": CUTS, "federation": {"join_s": 0.0}})
+    with pytest.raises(ConfigError, match=r"set tokens.held_out = 0 and federation.held_out"):
+        server_setup.assemble_server(federation_config(tmp_path, 2, **changes))
+    monkeypatch.setattr(server_setup, "noise_in", lambda codec: None)
+    sent: list[Type] = []
+
+    def note(kind: int, payload: bytes) -> list[Said]:
+        sent.extend([decode(payload).kind] if kind == Letter.FRAME else [])
+        return [(kind, payload)]
+
+    with scene(tmp_path, 2, **changes) as fed:
+        victim = fed.client(0, link_of=bent(note))
+        with pytest.raises(PolicyError, match="held-out rows, which are measured without the run's noise"):
+            victim.end(20)
+        del fed.members[0]
+    assert Type.STEP_UP in sent
+    assert Type.SCORE_UP not in sent
 
 
 # -- code from data, and bytes that are not what they are said to be -----------------------------------------------------------------------

@@ -17,6 +17,7 @@ from splitft.transport import link as link_module
 from splitft.transport import listener as listener_module
 from splitft.transport.budget import Budget
 from splitft.transport.flow import Flow
+from splitft.transport.framing import Form, decode
 from splitft.transport.link import Link
 from splitft.transport.listener import Broken, Resumed
 from splitft.transport.pipe import Pipe
@@ -162,6 +163,34 @@ def test_chunks_lost_and_repeated() -> None:
             assert connections > 5
 
     asyncio.run(all_seeds())
+
+
+@dataclass
+class TappedPipe(LossyPipe):
+    """Remembers every piece of a message it was given, lost or not: (sequence, offset, bytes)."""
+
+    pieces: list[tuple[int, int, bytes]] = field(default_factory=list)
+
+    async def write(self, data: bytes) -> bool:
+        chunk = decode(data)
+        if chunk.form == Form.DATA:
+            self.pieces.append((chunk.sequence, chunk.offset, bytes(chunk.piece)))
+        return await super().write(data)
+
+
+def test_what_is_sent_again_is_the_same_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every piece that goes out, for the first time or again, is that part of its message and of no other making."""
+    pieces: list[tuple[int, int, bytes]] = []
+    monkeypatch.setitem(globals(), "LossyPipe", lambda draw, lost, repeated: TappedPipe(draw, lost, repeated, pieces=pieces))
+    sent, sent_back, _, _, _ = asyncio.run(lossy_talk(3))
+    messages = [one for pair in zip(sent, sent_back, strict=True) for one in pair]
+    again = 0
+    seen: set[tuple[int, int]] = set()
+    for sequence, offset, piece in pieces:
+        assert any(one[offset : offset + len(piece)] == piece for one in (sent[sequence - 1], sent_back[sequence - 1]))
+        again += (sequence, offset) in seen
+        seen.add((sequence, offset))
+    assert again > len(messages)
 
 
 class Unsteady:

@@ -55,6 +55,7 @@ def run(settled: RunConfig) -> tuple[bytes, list[dict[str, Any]]]:
         {"aggregator": {"name": "residual"}, "model": {"dtype": "float32"}, "train": {"moments": "reset"}},
         {"synchronisation": {"name": "drift"}, "store": "disk"},
         {"split": {"server": "unaveraged"}, "model": {"dtype": "bfloat16"}},
+        {"bottleneck": {"channels": 6, "noise": 0.5}},
         {
             "uplink": {"name": "projection", "inner": {"name": "residual", "ignore": 0.1}},
             "downlink": {"name": "feedback", "inner": {"name": "topk"}},
@@ -63,7 +64,7 @@ def run(settled: RunConfig) -> tuple[bytes, list[dict[str, Any]]]:
             "train": {"batch_size": 8, "local_steps": 4},
         },
     ],
-    ids=["rounds", "asynchronous", "folding", "drift", "unaveraged", "codecs with memory"],
+    ids=["rounds", "asynchronous", "folding", "drift", "unaveraged", "bottleneck", "codecs with memory"],
 )
 def test_a_run_is_the_run_of_one_process(tmp_path: Path, changes: dict[str, Any]) -> None:
     assert run(config(tmp_path, "spread", "ray", **changes)) == run(config(tmp_path, "here", "cohort", **changes))

@@ -208,3 +208,27 @@ def test_a_folder_is_not_overwritten_and_has_one_writer(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="in use"):
         FederatedRun(config, run.folder)
     run.close()
+
+
+@pytest.mark.parametrize("engine", ["cohort", "workers"])
+def test_a_bottleneck_is_resumed_bit_for_bit(tmp_path: Path, engine: str) -> None:
+    """Its pairs, their moments and its noise: two cuts fixed, kept moments, stopped after the first round."""
+    changes: dict[str, Any] = {
+        "engine": {"name": engine},
+        "bottleneck": {"channels": 6, "noise": 0.5, "clip": 4.0},
+        "clients": {"participation": 0.7},
+    }
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "stopped").mkdir()
+    config = tiny_config(tmp_path, **changes)
+    reference = train(elsewhere(config, tmp_path / "whole"))
+    stopped = elsewhere(config, tmp_path / "stopped")
+    run = FederatedRun(stopped)
+    next(iter(run.rounds()))
+    next(iter(run.rounds()))
+    run.close()
+    folder = train(stopped, tmp_path / "stopped" / "tiny")
+    same(folder, reference)
+    assert (folder / "bottleneck.safetensors").read_bytes() == (reference / "bottleneck.safetensors").read_bytes()
+    with pytest.raises(CheckpointError):  # another one is another run
+        FederatedRun(stopped.model_copy(update={"bottleneck": config.bottleneck.model_copy(update={"channels": 5})}), folder)

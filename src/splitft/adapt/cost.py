@@ -154,7 +154,8 @@ class CostModel:
     `rank`, `local_steps`, `exit_on_client` and `tail_blocks` are what `plan(cut)` fills in; `cost` reads them from the plan it is given.
     `modules` are the adapted projections (full module path in the block, or its ending); empty means all of them. With gradient
     accumulation every micro-batch is an exchange: give its size as `batch_size` and multiply the local steps. Bytes per value may
-    be fractions (0.5 for int4). Raises ConfigError for a setting out of range and for a module no block has.
+    be fractions (0.5 for int4). `crossing_width`: channels of a bottleneck at the cut (0: none, states cross whole). Raises ConfigError
+    for a setting out of range and for a module no block has.
     """
 
     shape: ModelShape
@@ -177,6 +178,7 @@ class CostModel:
     minimum_cut: int = 1
     maximum_cut: int = 0
     network: Network = field(default_factory=Network)
+    crossing_width: int = 0
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "sequence_tokens", "rank", "local_steps"):
@@ -240,7 +242,7 @@ class CostModel:
         front, back, tail = held[: plan.cut], held[plan.cut : end], held[end:]
         on_client = front + tail
         client_memory, server_memory = self._memories(on_client, back, plan)
-        adapter_bytes = _adapter_parameters(on_client) * self.adapter_bytes
+        adapter_bytes = (_adapter_parameters(on_client) + self._encoder_parameters(plan)) * self.adapter_bytes
         return PlanCost(
             plan,
             *self._flops(front, back, tail),
@@ -273,11 +275,19 @@ class CostModel:
         if plan.is_whole(len(self.shape.blocks)):
             return 0.0, 0.0, 0.0, 0.0, 0.0
         tokens = self.batch_size * self.sequence_tokens
-        up_bytes = tokens * self.shape.hidden_size * self.uplink_bytes_per_value + self.packet_header_bytes
-        down_bytes = tokens * self.shape.hidden_size * self.downlink_bytes_per_value + self.packet_header_bytes
+        values = tokens * (self.crossing_width or self.shape.hidden_size)
+        up_bytes = values * self.uplink_bytes_per_value + self.packet_header_bytes
+        down_bytes = values * self.downlink_bytes_per_value + self.packet_header_bytes
         if plan.exit_on_client:
             return up_bytes, 0.0, up_bytes, down_bytes, down_bytes
         return up_bytes, tokens * self.label_bytes + self.packet_header_bytes, 0.0, 0.0, down_bytes
+
+    def _encoder_parameters(self, plan: Plan) -> int:
+        """What a client holds of its bottlenecks, offsets included: the encoder at the cut, and the decoder at a U-shape's exit."""
+        channels, width = self.crossing_width, self.shape.hidden_size
+        if not channels or plan.is_whole(len(self.shape.blocks)):
+            return 0
+        return channels * (width + 1) + (width * (channels + 1) if plan.exit_on_client else 0)
 
     def _held(self, plan: Plan) -> tuple[_Held, ...]:
         """All blocks with the ranks of their adapters."""

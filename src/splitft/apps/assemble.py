@@ -20,6 +20,7 @@ from splitft.adapt.cost import CostModel
 from splitft.adapt.fleets import Device, draw_fleet
 from splitft.adapt.profiles import PRESETS, assign_profiles, find_profile, load_profiles
 from splitft.aggregate.base import Aggregator
+from splitft.apps.bottleneck_setup import begin_bottlenecks, with_bottleneck, with_noise
 from splitft.apps.capacity import kept_kinds, largest_pass, open_shelf
 from splitft.apps.combinations import clashes_of
 from splitft.apps.costs import client_costs
@@ -125,6 +126,7 @@ def build_components(config: RunConfig) -> Components:
             tuple(found),
         )
     _settle_codecs(built, config.lora.rank)
+    built["uplink"] = with_noise(config.bottleneck, built["uplink"])
     names = {"data": "source"}
     components = Components(**{names.get(seam, seam): built[seam] for seam in seams})
     if clashes := tuple(clashes_of(config, components)):
@@ -205,10 +207,12 @@ def start_adapter(config: RunConfig, split: SplitModel) -> tuple[Layout, Tensor]
     """The layout of all adapters and the row [p] to start from: fresh, or the PEFT adapter the configuration names."""
     if not config.lora.adapter:
         layout = Layout.of(split.keys, config.lora.rank, config.lora.alpha / config.lora.rank)
+        layout = with_bottleneck(config, layout, split)
         return layout, layout.initial_row(config.seed)
     stored = read_adapter(Path(config.lora.adapter), split.anatomy.blocks_path)
     layout = stored.layout(split.keys_of_all())
     split.adapt(list(layout.by_key))
+    layout = with_bottleneck(config, layout, split)
     return layout, layout.row(stored.factors)
 
 
@@ -233,6 +237,7 @@ def assemble(config: RunConfig, on_stage: OnStage = lambda name: None, folder: P
     on_stage("load the model")
     split, shape, _ = load_split(config, base)
     layout, start = start_adapter(config, split)
+    begin_bottlenecks(base, split, layout, start)
     components = settle(config, components, layout, len(data.clients))
     settings = train_settings(config, components)
     orders = tuple(BatchOrder(len(one.train), settings.batch_size, config.seed, one.client) for one in data.clients)
@@ -278,6 +283,7 @@ def read_data(config: RunConfig, components: Components, base: Base) -> Federate
         config.tokens.held_out,
         config.tokens.common_held_out,
         vocabulary=int(base.config.get_text_config().vocab_size),
+        bucket_tokens=config.tokens.bucket_tokens,
     )
 
 
@@ -359,6 +365,7 @@ def identity_of(config: RunConfig, split: SplitModel, data: FederatedData, layou
         head = parameter.detach().reshape(-1)[:1024].cpu().double()
         digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}{head.sum().item()!r}{head.square().sum().item()!r}".encode())
     columns = hashlib.sha256(repr([(str(e.key), e.inputs, e.outputs, e.rank, e.scale) for e in layout.entries]).encode())
+    columns.update(b"".join(repr(one).encode() for one in layout.matrices))
     manifest = hashlib.sha256(json.dumps(data.manifest, sort_keys=True).encode())
     identity: dict[str, Any] = {
         "model": digest.hexdigest()[:16],

@@ -132,8 +132,8 @@ def prepare(request: Request, options: Options) -> Prepared:
     from splitft.config import override
     from splitft.data.text import TextFiles
 
-    # Nothing here trains in several processes, and the numbers are the same.
-    built = assemble(override(request.config, ["engine.name=cohort", "engine.store=memory"]))
+    # Nothing here trains in several processes, and the numbers are the same. What rows are lengthened by is no text to be recovered.
+    built = assemble(override(request.config, ["engine.name=cohort", "engine.store=memory", "tokens.bucket_tokens=0"]))
     state = _state(request, built)
     plan = _plan(request, built, state)
     now, earlier = _adapters(request, built, state, plan)
@@ -154,9 +154,14 @@ def prepare(request: Request, options: Options) -> Prepared:
         text,
         notable,
         vocabulary,
+        built.federation.start if built.federation.layout.matrices else None,
     )
     deepest = built.federation.split.blocks - (plan.tail_blocks if plan.exit_on_client else 0)
     cuts = tuple(sorted({*range(1, deepest), plan.cut})) if request.sweep else (plan.cut,)
+    layout = built.federation.layout
+    if layout.matrices:  # nothing would cross at the other cuts
+        pairs = {one.boundary for one in layout.matrices if one.place == "cut"}
+        cuts = tuple(cut for cut in cuts if cut in pairs)
     facts = {
         "config": config_digest(request.config),
         "round": 0 if state is None else state.round,
@@ -167,12 +172,19 @@ def prepare(request: Request, options: Options) -> Prepared:
         "model": request.config.model.path,
         "dtype": str(built.base.dtype).removeprefix("torch."),
         "uplink": request.config.uplink.model_dump(),
+        **({"bottleneck": request.config.bottleneck.model_dump(mode="json")} if layout.matrices else {}),
         "labels": request.config.split.labels,
         "tail_blocks": plan.tail_blocks,
         "seed": request.config.seed,
-        "adapter": "the joined adapter" if not request.steps else f"the joined adapter after {request.steps} local steps",
+        "adapter": _adapter_words(state, request.steps),
     }
     return Prepared(case, cuts, facts, tokenizer)
+
+
+def _adapter_words(state: RunState | None, steps: int) -> str:
+    """What is attacked: of a run, or what one would begin with."""
+    which = "the adapter that training begins with" if state is None else f"the joined adapter of round {state.round}"
+    return f"{which}, after {steps} local steps" if steps else which
 
 
 def _state(request: Request, built: Assembly) -> RunState | None:
@@ -261,7 +273,7 @@ def show(made: Audit, prepared: Prepared, show_text: bool) -> None:
     screen = Console(highlight=False)
     screen.print(audit_table(made))
     facts = prepared.facts
-    what = f"Client {facts['client']}, cut {facts['cut']}, {facts['adapter']} of round {facts['round']}; {facts['dtype']}."
+    what = f"Client {facts['client']}, cut {facts['cut']}, {facts['adapter']}; model {facts['model']}, {facts['dtype']}."
     for line in (what, *summary_lines(made)):
         screen.print(Text(line))
     if not show_text:

@@ -47,6 +47,7 @@ SERVER_MODES: Mapping[str, str] = {
     "unaveraged": "2012.12591",
 }
 LONGEST_FIRST = "2511.15404"
+BOTTLENECK = "2311.14030"
 ASYNCHRONOUS = ("2106.06639", "1903.03934")
 
 
@@ -78,6 +79,8 @@ def _by_field(config: RunConfig) -> Iterator[str]:
         yield SERVER_MODES[config.split.server]
     if config.network.downlink_order == "longest_first":
         yield LONGEST_FIRST
+    if config.bottleneck.channels:
+        yield BOTTLENECK
     if config.clients.buffer > 0:
         yield from ASYNCHRONOUS
 

@@ -27,10 +27,19 @@ from splitft.deploy.certificates import read_certificate, read_key
 from splitft.deploy.disk import read_private, write_atomically, write_private
 from splitft.deploy.letters import MAX_LETTER_BYTES, Finished, Ready, Welcome
 from splitft.deploy.parts import check_table, verify_local, wanted_parts
-from splitft.deploy.policy import ClientPolicy, check_adapters, check_gradient, check_round, check_score, check_welcome
+from splitft.deploy.policy import (
+    ClientPolicy,
+    announced_share,
+    check_adapters,
+    check_gradient,
+    check_noise,
+    check_round,
+    check_score,
+    check_welcome,
+)
 from splitft.deploy.sealing import Insider
 from splitft.engine.settings import Federation
-from splitft.errors import ConfigError, IdentityError, ProtocolError
+from splitft.errors import ConfigError, IdentityError, PolicyError, ProtocolError
 from splitft.lora import Layout
 from splitft.messages import RoundStart, ScoreStart
 from splitft.models.anatomy import block_count
@@ -100,6 +109,9 @@ class ClientWorkshop:
         if any(noise_in(codec) is not None for codec in self.settings.codecs):
             # Drawn from the run's seed, which the server knows, it could be taken off again.
             self.settings = replace(self.settings, secret=int.from_bytes(self._noise_key(), "big"))
+        up, _, _, exit_up = self.settings.codecs
+        leaving = {"uplink": up} | ({"exit_uplink": exit_up} if config.split.labels == "client" else {})
+        check_noise(self.policy, leaving, config.bottleneck.channels or int(self.base.get_text_config().hidden_size))
         self.vocabulary = int(self.base.get_text_config().vocab_size)
         tokenizer = load_tokenizer(str(self.folder))
         self.say("reading", {})
@@ -114,6 +126,7 @@ class ClientWorkshop:
             tokens.block_tokens,
             tokens.held_out,
             self.vocabulary,
+            tokens.bucket_tokens,
         )
         skeleton = self._skeleton()
         self.layout, self.start = start_adapter(config, skeleton)
@@ -227,6 +240,16 @@ class ClientWorkshop:
     def check_score(self, start: ScoreStart) -> None:
         """Hold a measurement against the policy, and against what the server announced. Raises PolicyError or ProtocolError."""
         check_score(self.policy, start)
+        if noise_in(self.settings.uplink) is not None:
+            raise PolicyError(
+                "the server asks for held-out rows, which are measured without the run's noise.",
+                "its operator can set tokens.held_out = 0 and federation.held_out to a public text.",
+            )
+        if self.config.bottleneck.channels:
+            raise PolicyError(
+                "the server asks for held-out rows, which are measured without the run's bottleneck.",
+                "its operator can set tokens.held_out = 0 and federation.held_out to a public text.",
+            )
         split, evaluate = self.config.split, self.config.evaluate
         announced = (split.labels == "client", split.tail_blocks, evaluate.batch_size, evaluate.max_rows)
         if (start.exit_on_client, start.tail_blocks, start.batch_size, start.max_rows) != announced:
@@ -240,7 +263,10 @@ class ClientWorkshop:
             raise IdentityError("secure aggregation needs certificates, and this client has none.", "enrol: splitft enroll join")
         authority = read_certificate(self.tls.root_pem, "the authority's certificate")
         certificate = read_certificate(self.tls.certificate_pem)
-        return Insider(seat, certificate, read_key(self.tls.key_pem, "the private key"), authority)
+        section, policy = self.config.secure_aggregation, self.policy
+        threshold, owners = max(announced_share(section), policy.least_threshold), max(section.minimum, policy.least_owners)
+        key = read_key(self.tls.key_pem, "the private key")
+        return Insider(seat, certificate, key, authority, frozenset(policy.peers), threshold, owners)
 
     def check_gradient(self, gradient: Tensor) -> None:
         check_gradient(self.policy, gradient)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from splitft.apps.bottleneck_setup import bottleneck_clashes
 from splitft.apps.secrecy import secrecy_clashes
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ def clashes_of(config: RunConfig, built: Components) -> Iterator[str]:
     yield from _of_privacy(config, built)
     yield from _of_codecs(config, built)
     yield from secrecy_clashes(config.secure_aggregation, config, built)
+    yield from bottleneck_clashes(config, built)
     if config.engine.store == "disk" and config.engine.name == "workers":
         yield 'engine.store = "disk" needs cohorts that take turns: engine.name = "workers" has all clients in memory at once'
     if config.model.device_map and config.engine.name == "ray":

@@ -49,7 +49,8 @@ def cost_model(
         first, later = (codec.expected_bytes(*probe, base.dtype, visit, batch) for visit in (0, 1))
         return (first + (visits - 1.0) * later) / visits / values
 
-    probe = (batch * tokens, shape.hidden_size)  # a step's packet: what a codec sends once for each is shared by all rows
+    # A step's packet: what a codec sends once for each is shared by all rows.
+    probe = (batch * tokens, config.bottleneck.channels or shape.hidden_size)
     values = math.prod(probe)
     return CostModel(
         shape=shape,
@@ -71,6 +72,7 @@ def cost_model(
         minimum_cut=config.split.minimum_cut,
         maximum_cut=config.split.maximum_cut,
         network=network_of(config, server),
+        crossing_width=config.bottleneck.channels,
     )
 
 

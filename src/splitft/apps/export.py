@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from splitft.apps.assemble import start_adapter
+from splitft.apps.bottleneck_setup import write_bottleneck
 from splitft.config import RunConfig, load_config
 from splitft.engine import checkpoint
 from splitft.engine.merging import unfolded
@@ -49,7 +50,9 @@ def export(run_dir: Path, to: Path, merged: bool = False) -> Path:
     if state.folded:
         layout, row = unfold(config, state, layout, transposed)
     if not merged:
-        return write_adapter(to, layout, row, blocks_path, resolve(path), transposed, revision)
+        made = write_adapter(to, layout, row, blocks_path, resolve(path), transposed, revision)
+        write_bottleneck(made, layout, row)
+        return made
     tokenizer = load_tokenizer(path, revision)
     model = load_model(path, load_model_config(path, revision, keep_dropout=True), "auto", revision=revision)
     merge_into(model, layout, row, blocks_path)

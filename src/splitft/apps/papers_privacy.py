@@ -14,6 +14,13 @@ PAPERS = (
         "International Conference on Learning Representations",
     ),
     Reference(
+        "wang2023privatelora",
+        "Wang, Yiming and Lin, Yu and Zeng, Xiaodong and Zhang, Guannan",
+        "PrivateLoRA For Efficient Privacy Preserving LLM",
+        2023,
+        "2311.14030",
+    ),
+    Reference(
         "balle2018improving",
         "Balle, Borja and Wang, Yu-Xiang",
         "Improving the Gaussian Mechanism for Differential Privacy: Analytical Calibration and Optimal Denoising",

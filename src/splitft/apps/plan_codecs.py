@@ -95,7 +95,7 @@ def shapes_of(config: RunConfig, costs: CostModel, cuts: Sequence[int], dtype: t
     return Shapes(
         batch_rows=train.batch_size,
         row_tokens=costs.sequence_tokens,
-        hidden_size=costs.shape.hidden_size,
+        hidden_size=costs.crossing_width or costs.shape.hidden_size,
         dtype=dtype,
         adapter_values=adapters_bytes / costs.adapter_bytes,
         exchanges=config.rounds * participants * crossing * train.local_steps * train.gradient_accumulation,

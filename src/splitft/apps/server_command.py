@@ -35,7 +35,7 @@ from splitft.deploy.status import Level, SeatChanges, ServerStatus
 from splitft.engine import checkpoint
 from splitft.engine.points import POINTS
 from splitft.engine.rounds import insist
-from splitft.errors import ConfigError, Interrupted, SplitftError
+from splitft.errors import AdapterError, ConfigError, Interrupted, SplitftError
 from splitft.transport.listener import Listener
 from splitft.transport.tls import is_loopback
 from splitft.transport.values import Limits, Peer, Timing
@@ -96,7 +96,11 @@ def _conduct(config: RunConfig, run: FederatedRun, house: House, display: Displa
             if stopping.asked():
                 raise Interrupted("Stopped; everything up to the last finished round is on disk.", "start the same command again to go on.")
         house.status.begin_phase("finished")
-        insist(run.engine, run.finish)
+        try:
+            insist(run.engine, run.finish)
+        except AdapterError:  # what did not pass its check is not shared, and nobody need wait for it
+            conductor.finish(config.rounds, True, "the joined adapter did not pass the check at the end of the run")
+            raise
         house.offer(run.folder / "adapter")
         conductor.finish(config.rounds, True, "")
         with suppress(Interrupted):  # nothing is left to interrupt

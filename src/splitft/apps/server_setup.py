@@ -24,8 +24,10 @@ from splitft.apps.assemble import (
     start_adapter,
     train_settings,
 )
+from splitft.apps.bottleneck_setup import begin_bottlenecks, cuts_of
 from splitft.apps.costs import client_costs
 from splitft.apps.privacy_setup import settle
+from splitft.compress.noise import noise_in
 from splitft.config import RunConfig
 from splitft.data.base import ClientData, DistantRows, FederatedData, Source, TokenRows
 from splitft.data.federate import public_rows
@@ -35,6 +37,7 @@ from splitft.deploy.parts import ModelParts
 from splitft.engine.rounds import Executor
 from splitft.engine.settings import ClientState, Federation, OnStep, RoundResult, Starts
 from splitft.errors import ConfigError, ProtocolError
+from splitft.models.anatomy import block_count
 from splitft.models.load import resolve
 from splitft.types import RoundPlan
 
@@ -47,6 +50,7 @@ SHARED_SECTIONS = (
     "lora",
     "tokens",
     "split",
+    "bottleneck",
     "train",
     "uplink",
     "downlink",
@@ -78,6 +82,7 @@ def assemble_server(config: RunConfig, on_stage: OnStage = lambda name: None, fo
     on_stage("load the model")
     split, shape, _ = load_split(config, base)
     layout, start = start_adapter(config, split)
+    begin_bottlenecks(base, split, layout, start)
     count = config.clients.count
     clients = tuple(
         ClientData(seat, f"seat-{seat}", 0, DistantRows(1, config.tokens.block_tokens), DistantRows(0, 0)) for seat in range(count)
@@ -141,6 +146,16 @@ def unfit(config: RunConfig, built: Components) -> Iterator[str]:
         yield "clients.count is the number of seats of the federation; set it to 1 or more"
     if config.tokens.held_out == 0 and not config.federation.held_out:
         yield "nothing is held out to measure on: set tokens.held_out above 0 or federation.held_out to a public text"
+    if config.tokens.held_out > 0 and noise_in(built.uplink) is not None:
+        yield (
+            "uplink adds noise, and clients' held-out rows are measured without codecs: set tokens.held_out = 0 and federation.held_out "
+            "to a public text"
+        )
+    if config.tokens.held_out > 0 and config.bottleneck.channels:
+        yield (
+            "bottleneck.channels: clients' held-out rows are measured whole, without the bottleneck: set tokens.held_out = 0 and "
+            "federation.held_out to a public text"
+        )
     if config.model.device_map:
         yield "model.device_map: the server holds the model on one device; leave it empty"
 
@@ -149,6 +164,8 @@ def shared_config(config: RunConfig, base: Base) -> str:
     """What clients are told of the configuration, as JSON; names of this machine's folders are left out, the weights' type is settled."""
     values = {name: value for name, value in config.model_dump(mode="json").items() if name in SHARED_SECTIONS}
     model = values["model"] | {"path": "embedded", "revision": "", "device_map": "", "dtype": str(base.dtype).removeprefix("torch.")}
+    if config.bottleneck.channels:  # the policy's cuts, which clients are not told
+        values["bottleneck"]["cuts"] = cuts_of(config, block_count(base.config))
     return json.dumps(values | {"model": model})
 
 

@@ -14,6 +14,8 @@ import torch
 
 from splitft import __version__
 from splitft.apps.assemble import Assembly, OnStage, assemble
+from splitft.apps.bottleneck_check import measured_through
+from splitft.apps.bottleneck_setup import write_bottleneck
 from splitft.apps.leak_limit import bounded
 from splitft.apps.privacy_setup import cautions, private_in
 from splitft.apps.report_files import write_atomically
@@ -206,10 +208,12 @@ class FederatedRun:
 
         built, run = self.assembly, self._run
         write_run_adapter(self.folder / "adapter", built, run, self._originals)
+        write_bottleneck(self.folder, built.federation.layout, run.state.adapters)
+        run.journal.append(*measured_through(run))
         run.journal.append(
             {"event": "run_finished", "rounds": run.state.round, "wall_s": run.state.wall_s, "virtual_s": run.state.virtual_s}
         )
-        if private_in(built.components.aggregator) is not None and run.measure is None:
+        if private_in(built.components.aggregator) is not None:
             from splitft.apps.private_check import verify_after
 
             run.journal.append(verify_after(self))

@@ -60,7 +60,8 @@ class Case:
     `adapters` [p] are the client's now, `earlier` [p] those under which it sent the same text on an earlier visit. `plan` says the cut, the
     tail and who has the labels; `settings` hold the codecs. `private` [s t] and `trained` [s t] (whether a token is a target) are the
     client's own rows, `public` rows of text that anybody has. `notable` [v] marks tokens with a digit or a capital. `vocabulary` counts the
-    tokens that may occur.
+    tokens that may occur. `begun` [p] has the bottlenecks as every run over the base model begins with them, which is all that B knows of
+    them; what crosses is what leaves the client's own.
     """
 
     split: SplitModel
@@ -74,6 +75,7 @@ class Case:
     public: TokenRows
     notable: Tensor
     vocabulary: int
+    begun: Tensor | None = None
 
 
 @dataclass(frozen=True)

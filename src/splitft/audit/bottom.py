@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from splitft.engine.narrow import encode
 from splitft.lora import AdapterBank
 from splitft.split import Route, SplitModel
 
@@ -34,20 +35,25 @@ class Prefix:
 
 
 class Bottom:
-    """The first `blocks` blocks (None: the model up to its LM head) with the adapters of `bank`, or without any (None: base weights)."""
+    """The first `blocks` blocks (None: the model up to its LM head) with the adapters of `bank`, or without any (None: base weights).
+    With `pairs` the states are what leaves the bottleneck there [s t c] (none: there is no such thing in the run)."""
 
-    def __init__(self, split: SplitModel, bank: AdapterBank | None, blocks: int | None) -> None:
-        self.split, self.bank, self.blocks = split, bank, blocks
+    def __init__(self, split: SplitModel, bank: AdapterBank | None, blocks: int | None, pairs: AdapterBank | None = None) -> None:
+        self.split, self.bank, self.blocks, self.pairs = split, bank, blocks, pairs
         self.device = split.model.get_input_embeddings().weight.device
         self.cached = True
 
     def _route(self, rows: int) -> Route:
         return Route(rows, last=None if self.blocks is None else self.blocks - 1, bank=self.bank)
 
+    def _leaves(self, cut: int | None, hidden: Tensor) -> Tensor:
+        """What of states [s t d] behind so many blocks leaves a client."""
+        return hidden if self.pairs is None or cut is None else encode(self.pairs, "cut", cut, hidden)
+
     def hidden(self, ids: Tensor) -> Tensor:
         """The state [s t d] behind the last of the blocks (in front of the LM head where they are the model)."""
         with torch.no_grad():
-            return self.split.run(self._route(ids.shape[0]), ids.to(self.device), None)
+            return self._leaves(self.blocks, self.split.run(self._route(ids.shape[0]), ids.to(self.device), None))
 
     def at_cuts(self, ids: Tensor, cuts: Sequence[int]) -> Mapping[int, Tensor]:
         """The states [s t d] behind so many blocks, in one pass."""
@@ -55,7 +61,7 @@ class Bottom:
 
         def cross(block: int, hidden: Tensor) -> Tensor:
             if block + 1 in cuts:
-                found[block + 1] = hidden
+                found[block + 1] = self._leaves(block + 1, hidden)
             return hidden
 
         route = Route(ids.shape[0], last=max(cuts) - 1, bank=self.bank, cross=cross)
@@ -122,7 +128,7 @@ class Bottom:
 
     def _step(self, ids: Tensor, cache: DynamicCache) -> Tensor:
         with torch.no_grad():
-            return self.split.run(self._route(ids.shape[0]), ids.to(self.device), None, cache)[:, -1]
+            return self._leaves(self.blocks, self.split.run(self._route(ids.shape[0]), ids.to(self.device), None, cache)[:, -1:])[:, 0]
 
 
 class LanguageModel:

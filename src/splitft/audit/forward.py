@@ -17,7 +17,7 @@ from torch import Tensor
 from splitft.audit.base import Options
 from splitft.audit.bottom import Bottom, LanguageModel, Prefix
 from splitft.audit.ridge import Inverter
-from splitft.audit.tap import Tap
+from splitft.audit.tap import Tap, along
 from splitft.clock import monotonic_s
 
 # How a candidate is chosen: by distance alone, widening where none fits; by distance alone; by ridge and distance; the same with what a
@@ -38,7 +38,7 @@ class Gauge:
     """The wire's own error, measured on public text: of each channel (`error` [d]), and relative to what was sent.
 
     Distances weigh channels by `weight` [d]; one below `threshold` of the state's own length is a fit. `relative`: rms error in standard
-    deviations.
+    deviations. `directions` [r d]: those that the wire lets through (None: all).
     """
 
     error: Tensor
@@ -46,19 +46,21 @@ class Gauge:
     likelihood: Tensor
     threshold: float
     relative: float
+    directions: Tensor | None = None
 
 
-def measure(bottom: Bottom, tap: Tap, inverter: Inverter, ids: Tensor) -> Gauge:
-    """Send public texts [s t] to oneself and compare what arrives with what the attacker's copy gives, token by token."""
+def measure(bottom: Bottom, tap: Tap, inverter: Inverter, ids: Tensor, directions: Tensor | None = None) -> Gauge:
+    """Send public texts [s t] to oneself and compare what arrives with what the attacker's copy gives, token by token, along the
+    directions [r d] that the wire lets through (None: all)."""
     arrived = tap.public(bottom.hidden(ids), CALIBRATION_ROUND).float().cpu()
-    difference = arrived - bottom.replay(ids).cpu()
+    difference = arrived - along(bottom.replay(ids).cpu(), directions)
     error, deviation = difference.square().mean((0, 1)).sqrt(), inverter.deviation
     # A channel's weight is bounded, so that one without error does not count for all.
     weight = 1 / (error.square() + (0.02 * deviation).square()).sqrt()
     likelihood = 1 / (error.square() + (0.002 * deviation).square()).sqrt()
     share = (difference * weight).norm(dim=-1) / ((arrived - inverter.mean) * weight).norm(dim=-1)
     relative = float((error / deviation).square().mean().sqrt())
-    return Gauge(error, weight, likelihood, max(LEAST_THRESHOLD, TIMES_ERROR * float(share.median())), relative)
+    return Gauge(error, weight, likelihood, max(LEAST_THRESHOLD, TIMES_ERROR * float(share.median())), relative, directions)
 
 
 @dataclass(frozen=True)
@@ -164,7 +166,7 @@ class Verifier:
     def _distance(self, states: Tensor, place: int, weight: Tensor, rows: Tensor | None = None) -> Tensor:
         """Weighted distance of states [s k d] (of some `rows`, or of all) from what arrived at `place`: [s k]."""
         arrived = self.observed[:, place, None] if rows is None else self.observed[rows, place, None]
-        distance: Tensor = torch.linalg.vector_norm((states - arrived) * weight, dim=-1)
+        distance: Tensor = torch.linalg.vector_norm((along(states, self.gauge.directions) - arrived) * weight, dim=-1)
         return distance
 
     def _reach(self, place: int) -> Tensor:

@@ -21,6 +21,7 @@ from splitft.audit.base import Case
 from splitft.audit.tap import Tap
 from splitft.clock import monotonic_s
 from splitft.engine.exchange import Ownership
+from splitft.engine.narrow import decode, encode
 from splitft.lora import AdapterBank
 from splitft.loss import Targets, shift_labels, training_loss
 from splitft.split import Route, SplitModel
@@ -34,8 +35,8 @@ NO_LABEL = -1
 
 @dataclass(frozen=True)
 class Returned:
-    """What the server has of a step: its own `output` [s t d] as the client got it, and the `gradient` [s t d] that came back.
-    `labels` [s t] are what it is after."""
+    """What the server has of a step: its own `output` [s t d] as the client got it, and the `gradient` [s t d] that came back, of as few
+    channels as a bottleneck leaves. `labels` [s t] are what it is after."""
 
     output: Tensor
     gradient: Tensor
@@ -49,8 +50,8 @@ def client_step(case: Case, bank: AdapterBank, cut: int) -> Returned:
 
     def crossing(block: int, hidden: Tensor) -> Tensor:
         if block == cut - 1:
-            hidden = tap.private(hidden, 0)
-        return tap.private(hidden, 2) if block == end - 1 else hidden
+            hidden = decode(bank, "cut", cut, tap.private(encode(bank, "cut", cut, hidden), 0))
+        return tap.private(encode(bank, "exit", end, hidden), 2) if block == end - 1 else hidden
 
     device = split.model.get_input_embeddings().weight.device
     with torch.no_grad():
@@ -58,7 +59,7 @@ def client_step(case: Case, bank: AdapterBank, cut: int) -> Returned:
     labels = shift_labels(case.private, case.trained)
     targets = Targets.of(labels, device)
     leaf = output.detach().clone().requires_grad_(True)
-    hidden = split.run(Route(sequences, entries={end: leaf}, bank=bank), None, None)
+    hidden = split.run(Route(sequences, entries={end: decode(bank, "exit", end, leaf)}, bank=bank), None, None)
     weight = torch.full((sequences,), 1.0 / max(1, len(targets.labels)))
     loss, _ = training_loss(hidden, targets, weight, split.head, split.anatomy)
     (gradient,) = torch.autograd.grad(loss, leaf)
@@ -66,10 +67,10 @@ def client_step(case: Case, bank: AdapterBank, cut: int) -> Returned:
 
 
 class Tail:
-    """The attacker's copy of what follows the server's blocks, with the adapters of `bank` or without any."""
+    """The attacker's copy of what follows the server's blocks, with the adapters of `bank` or none, and the bottlenecks of `pairs`."""
 
-    def __init__(self, split: SplitModel, bank: AdapterBank | None, end: int, output: Tensor) -> None:
-        self.split, self.bank, self.end, self.output = split, bank, end, output
+    def __init__(self, split: SplitModel, bank: AdapterBank | None, end: int, output: Tensor, pairs: AdapterBank | None = None) -> None:
+        self.split, self.bank, self.end, self.output, self.pairs = split, bank, end, output, pairs
         self.leaf = output.detach().clone().requires_grad_(True)
         cache = DynamicCache() if end < split.blocks else None
         with torch.no_grad():
@@ -78,7 +79,8 @@ class Tail:
         self.logits = split.logits(self.exit)
 
     def _route(self, states: Tensor) -> Route:
-        return Route(states.shape[0], entries={self.end: states}, bank=self.bank)
+        entering = states if self.pairs is None else decode(self.pairs, "exit", self.end, states)
+        return Route(states.shape[0], entries={self.end: entering}, bank=self.bank)
 
     def _fill(self, cache: DynamicCache) -> list[tuple[Tensor, Tensor]]:
         """Keys and values [s heads t width] of the tail's blocks."""
@@ -141,9 +143,11 @@ class Tail:
         return product / (square.sqrt() * rest.norm(dim=1, keepdim=True).clamp_min(1e-30)), product / square
 
 
-def read_labels(split: SplitModel, bank: AdapterBank | None, end: int, returned: Returned, until_s: float) -> tuple[Tensor, int]:
+def read_labels(
+    split: SplitModel, bank: AdapterBank | None, end: int, returned: Returned, until_s: float, pairs: AdapterBank | None = None
+) -> tuple[Tensor, int]:
     """The labels [s t] behind a returned gradient (NO_LABEL where it says nothing), and how many positions, from the last, were reached."""
-    tail = Tail(split, bank, end, returned.output)
+    tail = Tail(split, bank, end, returned.output, pairs)
     gradient = returned.gradient.float()
     found = torch.full(returned.labels.shape, NO_LABEL)
     tokens = found.shape[1]

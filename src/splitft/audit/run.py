@@ -19,7 +19,7 @@ from splitft.audit.gradient import client_step, counted_labels, read_labels
 from splitft.audit.public import frequencies, shuffled
 from splitft.audit.ridge import Inverter, directions, learn
 from splitft.audit.scores import floors_of, rare_tokens, score
-from splitft.audit.tap import Tap
+from splitft.audit.tap import Tap, directions_of
 from splitft.audit.verdict import verdict_of
 from splitft.clock import monotonic_s
 from splitft.data.base import TokenRows
@@ -53,6 +53,12 @@ def bank_of(case: Case, row: Tensor) -> AdapterBank:
     with torch.no_grad():
         bank.values.copy_(row[None].to(device))
     return bank
+
+
+def knows_all(case: Case) -> bool:
+    """Whether the bottlenecks are still as they begin, so that who knows the base model knows them."""
+    own = (case.begun is None or torch.equal(one.of(case.adapters), one.of(case.begun)) for one in case.layout.matrices)
+    return all(own)
 
 
 def changes_nothing(layout: Layout, row: Tensor, first_block: int, end_block: int) -> bool:
@@ -106,6 +112,16 @@ def leak_by_cut(case: Case, cuts: Sequence[int], options: Options | None = None)
     return {cut: max(one.figures.accuracy for one in found.findings) for cut, found in made.items()}
 
 
+@dataclass(frozen=True)
+class _Visit:
+    """What arrives [s t d] of the private sample at one of its visits, over which tap, and the directions [r d] that the wire lets through
+    (None: all)."""
+
+    arrived: Tensor
+    tap: Tap
+    directions: Tensor | None
+
+
 @dataclass
 class _Attack:
     """The parts that attackers and cuts share."""
@@ -135,44 +151,50 @@ class _Attack:
     def forward(self) -> dict[int, CutAudit]:
         """K and B at all cuts. Public text passes through the blocks once for each attacker, whatever the number of cuts."""
         began_s, seconds = monotonic_s(), self.share * self.options.seconds * len(self.cuts)
-        taps = {cut: self.open_tap(self.case, cut) for cut in self.cuts}
-        alike = changes_nothing(self.case.layout, self.case.adapters, 0, max(self.cuts))
+        visits = {cut: self._visits(cut) for cut in self.cuts}
+        taps = {cut: visits[cut][FIRST].tap for cut in self.cuts}
+        alike = changes_nothing(self.case.layout, self.case.adapters, 0, max(self.cuts)) and knows_all(self.case)
         attackers = [one for one in self.attackers if one == "K" or not alike]
         inverters: dict[Attack, dict[int, Inverter]] = {}
         for number, attacker in enumerate(attackers):
             until_s = began_s + LEARNT * seconds * (number + 1) / len(attackers)
-            bottom = Bottom(self.case.split, self._bank(attacker), max(self.cuts))
+            bottom = Bottom(self.case.split, self._bank(attacker), max(self.cuts), self._pairs(attacker))
             inverters[attacker] = learn(bottom, taps, self.learnt_from, self.table, self.case.vocabulary, until_s)
         if alike and "B" in self.attackers:
             self.notes.append("the adapters change nothing yet: the base weights are all there is to know")
         learning_s = (monotonic_s() - began_s) / len(self.cuts)
         made = {}
         for cut in self.cuts:
-            made[cut] = self._at_cut(cut, taps[cut], {one: inverters[one][cut] for one in attackers}, learning_s)
+            made[cut] = self._at_cut(cut, visits[cut], {one: inverters[one][cut] for one in attackers}, learning_s)
         return made
 
     def _bank(self, attacker: Attack) -> AdapterBank | None:
         return self.bank if attacker in ("K", "L") else None
 
-    def _at_cut(self, cut: int, tap: Tap, inverters: Mapping[Attack, Inverter], learning_s: float) -> CutAudit:
+    def _pairs(self, attacker: Attack) -> AdapterBank | None:
+        """The bottlenecks as an attacker knows them: those of now, or those of the beginning."""
+        if not self.case.layout.matrices:
+            return None
+        return self.bank if attacker in ("K", "L") or self.case.begun is None else bank_of(self.case, self.case.begun)
+
+    def _at_cut(self, cut: int, visits: Mapping[str, _Visit], inverters: Mapping[Attack, Inverter], learning_s: float) -> CutAudit:
         began_s = monotonic_s() - learning_s
-        arrived = self._arrived(cut, tap)
         findings: list[Finding] = []
         found: dict[Attack, Tensor] = {}
         error = 0.0
         for attacker, inverter in inverters.items():
-            bottom = Bottom(self.case.split, self._bank(attacker), cut)
-            gauge = measure(bottom, tap, inverter, self.sample)
-            error = gauge.relative if attacker == "K" else error
+            bottom = Bottom(self.case.split, self._bank(attacker), cut, self._pairs(attacker))
             until_s = began_s + self.share * self.options.seconds * (KNOWN if attacker == "K" else BASE)
-            for number, (visit, observed) in enumerate(arrived.items()):
+            for number, (visit, one) in enumerate(visits.items()):
                 now_s = monotonic_s()
-                verifier = Verifier(bottom, inverter, gauge, self.table, observed, self.options, self.frequency, self.sample)
-                end_s = now_s + max(0.0, until_s - now_s) * (number + 1) / len(arrived)
+                gauge = measure(bottom, one.tap, inverter, self.sample, one.directions)
+                error = gauge.relative if (attacker, visit) == ("K", FIRST) else error
+                verifier = Verifier(bottom, inverter, gauge, self.table, one.arrived, self.options, self.frequency, self.sample)
+                end_s = now_s + max(0.0, until_s - now_s) * (number + 1) / len(visits)
                 family = self._family(attacker, verifier, gauge, end_s)
                 finding, best = self._finding(attacker, cut, visit, family, inverter.penalty, monotonic_s() - now_s)
                 if attacker not in found or finding.figures.accuracy > max(
-                    one.figures.accuracy for one in findings if one.attacker == attacker
+                    earlier.figures.accuracy for earlier in findings if earlier.attacker == attacker
                 ):
                     found[attacker] = best
                 findings.append(finding)
@@ -183,16 +205,24 @@ class _Attack:
         spent_s = monotonic_s() - began_s
         return CutAudit(cut, tuple(findings), verdict_of(findings, self.floors, False), error, learnt, spent_s, found)
 
-    def _arrived(self, cut: int, tap: Tap) -> dict[str, Tensor]:
-        """What arrives [s t d] of the private sample, by visit: the later one under the adapter of now, after one under the earlier."""
-        ids = self.case.private
-        now = Bottom(self.case.split, self.bank, cut).hidden(ids)
-        arrived = {FIRST: tap.private(now)}
+    def _visits(self, cut: int) -> dict[str, _Visit]:
+        """What arrives of the private sample, by visit: the later one under the adapter of now, after one under the earlier."""
+        ids, tap = self.case.private, self.open_tap(self.case, cut)
+        now = Bottom(self.case.split, self.bank, cut, self.bank).hidden(ids)
+        visits = {FIRST: self._visit(tap, tap.private(now))}
         if tap.remembers:
             again = self.open_tap(self.case, cut)
-            again.private(Bottom(self.case.split, bank_of(self.case, self.case.earlier), cut).hidden(ids))
-            arrived[LATER] = again.private(now)
-        return arrived
+            before = bank_of(self.case, self.case.earlier)
+            again.private(Bottom(self.case.split, before, cut, before).hidden(ids))
+            visits[LATER] = self._visit(again, again.private(now))
+        return visits
+
+    def _visit(self, tap: Tap, arrived: Tensor) -> _Visit:
+        directions = directions_of(arrived)
+        if directions is not None:
+            # The axes are those of the private text, and the server has them: it tries its public text along the same.
+            tap.follow()
+        return _Visit(arrived, tap, directions)
 
     def _family(self, attacker: Attack, verifier: Verifier, gauge: Gauge, until_s: float) -> dict[str, Search]:
         """The attacks of one attacker, best known first; those that time does not allow are left out."""
@@ -234,7 +264,7 @@ class _Attack:
         case, began_s = self.case, monotonic_s()
         returned = client_step(case, self.bank, made.cut)
         end = Ownership(replace(case.plan, cut=made.cut), case.split.blocks).server_end
-        alike = changes_nothing(case.layout, case.adapters, end, case.split.blocks)
+        alike = changes_nothing(case.layout, case.adapters, end, case.split.blocks) and knows_all(case)
         counted = counted_labels(returned.labels)
         true = torch.where(counted, returned.labels, 0)
         findings, found = list(made.findings), dict(made.found)
@@ -243,7 +273,7 @@ class _Attack:
         for number, attacker in enumerate(attackers):
             now_s = monotonic_s()
             until_s = now_s + max(0.0, began_s + left_s - now_s) / (len(attackers) - number)
-            labels, reached = read_labels(case.split, self._bank(attacker), end, returned, until_s)
+            labels, reached = read_labels(case.split, self._bank(attacker), end, returned, until_s, self._pairs(attacker))
             inside = counted & (torch.arange(labels.shape[1]) >= labels.shape[1] - reached)
             figures = score(labels, true, inside, self.rare)
             if reached < labels.shape[1]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from splitft import rng
 from splitft.data.base import ClientData, Document, FederatedData, Ints, Partition, TokenRows
-from splitft.data.tokens import TokenDocument, pack, rows, tokenise
+from splitft.data.tokens import TokenDocument, lengthened, pack, rows, tokenise
 from splitft.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -33,22 +33,24 @@ def federate(
     common_held_out: float = 0.05,
     names: Sequence[str] = (),
     vocabulary: int | None = None,
+    bucket_tokens: int = 0,
 ) -> FederatedData:
     """Give every client its rows.
 
     First the share `common_held_out` of all documents is put aside, then the rest is divided by `partition`, then of each
     client's documents the share `held_out`, at least one. Slices are drawn by document and copies of one text stay on one
     side, so no client is tested on what it trained. `names` replace the partition's names. DataError if a client has no row, and for
-    a token the model does not know: `vocabulary` is how many it knows (None: not checked).
+    a token the model does not know: `vocabulary` is how many it knows (None: not checked). Clients' rows are lengthened to multiples of
+    `bucket_tokens` (0: not); the common slice, which no client has, is not.
     """
-    _check_options(packing, held_out, common_held_out)
+    _check_options(packing, held_out, common_held_out, block_tokens, bucket_tokens)
     listed = list(documents)
     if not listed:
         raise DataError("The data source gave no document.", "Check its path and fields.")
     tokens = tokenise(listed, tokenizer)
     if vocabulary is not None:
         _check_vocabulary(listed, tokens, tokenizer, vocabulary)
-    shares = _Shares(listed, tokens, packing, block_tokens, seed)
+    shares = _Shares(listed, tokens, packing, block_tokens, seed, bucket_tokens)
     everything = np.arange(len(listed))
     common, rest = shares.hold_out(everything, common_held_out, "common-held-out")
     _check_documents(listed, rest, partition, clients, 2 if held_out else 1)
@@ -57,11 +59,7 @@ def federate(
     taken = np.concatenate(parts)
     assert np.array_equal(np.sort(taken), np.arange(len(rest))), f"partition {partition.name} is not disjoint and complete"
     client_names = _names(names, partition, parts, columns, owners)
-    clients_data, records = [], []
-    for client, part in enumerate(parts):
-        data, record = _client(shares, client, client_names[client], rest[part], held_out)
-        clients_data.append(data)
-        records.append(record)
+    made = [_client(shares, client, client_names[client], rest[part], held_out) for client, part in enumerate(parts)]
     edges, histograms, skew = _length_skew([shares.lengths[rest[part]] for part in parts])
     common_rows = shares.make(common)
     if common_held_out and not held_out and not len(common_rows):
@@ -69,16 +67,17 @@ def federate(
     manifest = {
         "partition": {"name": partition.name, **(asdict(partition) if is_dataclass(partition) else {})},
         "seed": seed,
-        "tokens": {"packing": packing, "block_tokens": block_tokens, "held_out": held_out, "common_held_out": common_held_out},
+        "tokens": {"packing": packing, "block_tokens": block_tokens, "held_out": held_out, "common_held_out": common_held_out}
+        | ({"bucket_tokens": bucket_tokens} if bucket_tokens else {}),
         "documents": len(listed),
         "sha256": shares.digest(everything),
         "common_held_out": shares.record(common, common_rows),
-        "clients": records,
+        "clients": [record for _, record in made],
         "length_edges": edges,
         "length_histograms": histograms,
         "skew_index": skew,
     }
-    return FederatedData(tuple(clients_data), common_rows, manifest, edges, histograms, skew)
+    return FederatedData(tuple(data for data, _ in made), common_rows, manifest, edges, histograms, skew)
 
 
 def own_share(
@@ -91,17 +90,18 @@ def own_share(
     block_tokens: int = 128,
     held_out: float = 0.1,
     vocabulary: int | None = None,
+    bucket_tokens: int = 0,
 ) -> tuple[ClientData, str]:
     """A client's rows from documents that are all its own, and the digest of those; the rows are the ones that `federate` makes of the
     same documents for client number `client`. Errors as there."""
-    _check_options(packing, held_out, 0.0)
+    _check_options(packing, held_out, 0.0, block_tokens, bucket_tokens)
     listed = list(documents)
     if not listed:
         raise DataError("The data source gave no document.", "Check its path and fields.")
     tokens = tokenise(listed, tokenizer)
     if vocabulary is not None:
         _check_vocabulary(listed, tokens, tokenizer, vocabulary)
-    shares, everything = _Shares(listed, tokens, packing, block_tokens, seed), np.arange(len(listed))
+    shares, everything = _Shares(listed, tokens, packing, block_tokens, seed, bucket_tokens), np.arange(len(listed))
     data, _ = _client(shares, client, name, everything, held_out)
     return data, shares.digest(everything)
 
@@ -120,7 +120,13 @@ class _Shares:
     """The documents, their tokens, and which of them are copies of each other. Indices count documents of the source."""
 
     def __init__(
-        self, documents: Sequence[Document], tokens: Sequence[TokenDocument], packing: Packing, block_tokens: int, seed: int
+        self,
+        documents: Sequence[Document],
+        tokens: Sequence[TokenDocument],
+        packing: Packing,
+        block_tokens: int,
+        seed: int,
+        bucket_tokens: int,
     ) -> None:
         self.lengths: Ints = np.array([len(document.ids) for document in tokens], np.int64)
         self._tokens = tokens
@@ -128,7 +134,7 @@ class _Shares:
         number_of: dict[bytes, int] = {}
         self._copies: Ints = np.array([number_of.setdefault(digest, len(number_of)) for digest in self._digests], np.int64)
         make_rows: Callable[[Sequence[TokenDocument], int], TokenRows] = pack if packing == "blocks" else rows
-        self._make_rows, self._block_tokens, self._seed = make_rows, block_tokens, seed
+        self._make_rows, self._block_tokens, self._seed, self.bucket_tokens = make_rows, block_tokens, seed, bucket_tokens
 
     def make(self, indices: Ints) -> TokenRows:
         return self._make_rows([self._tokens[index] for index in indices], self._block_tokens)
@@ -186,7 +192,8 @@ class _Shares:
 def _client(shares: _Shares, client: int, name: str, indices: Ints, held_out: float) -> tuple[ClientData, dict[str, Any]]:
     """One client's rows and their record; DataError if it is left without."""
     held, kept = shares.hold_out(indices, held_out, "held-out", client)
-    data = ClientData(client, name, len(indices), shares.make(kept), shares.make(held))
+    train, test = shares.make(kept), shares.make(held)
+    data = ClientData(client, name, len(indices), *(lengthened(rows, shares.bucket_tokens) for rows in (train, test)))
     if not len(data.train) or (held_out and not len(data.held_out)):
         slice_name = "held-out" if len(data.train) else "training"
         raise DataError(
@@ -194,16 +201,17 @@ def _client(shares: _Shares, client: int, name: str, indices: Ints, held_out: fl
             f"{int(shares.lengths[indices].sum())} tokens, which leaves no {slice_name} row.",
             "Use fewer clients, more data, a larger partition.minimum or alpha, or rows long enough to reach behind the prompts.",
         )
-    train, held_record = shares.record(kept, data.train), shares.record(held, data.held_out)
-    return data, {"client": client, "name": name, "train": train, "held_out": held_record}
+    return data, {"client": client, "name": name, "train": shares.record(kept, train), "held_out": shares.record(held, test)}
 
 
-def _check_options(packing: str, held_out: float, common_held_out: float) -> None:
+def _check_options(packing: str, held_out: float, common_held_out: float, block_tokens: int, bucket_tokens: int) -> None:
     if packing not in get_args(Packing):
         raise ConfigError(f"tokens.packing is {packing!r}.", f"Choose one of {', '.join(get_args(Packing))}.")
     for field, value in (("held_out", held_out), ("common_held_out", common_held_out)):
         if not 0 <= value <= 0.9:
             raise ConfigError(f"tokens.{field} is {value}.", "Give a share from 0 (none) to 0.9.")
+    if bucket_tokens < 0 or (bucket_tokens and block_tokens % bucket_tokens):
+        raise ConfigError(f"tokens.bucket_tokens is {bucket_tokens}.", f"Give a divisor of tokens.block_tokens = {block_tokens}, or 0.")
 
 
 def _check_vocabulary(

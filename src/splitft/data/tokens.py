@@ -122,6 +122,23 @@ def rows(documents: Sequence[TokenDocument], max_tokens: int) -> TokenRows:
     return TokenRows.build(kept, truncated, dropped)
 
 
+def lengthened(made: TokenRows, bucket_tokens: int) -> TokenRows:
+    """The rows with every length raised to the next multiple of `bucket_tokens`; 0: as they are.
+
+    What is added is the row's own beginning once more, never a target: it reveals no other text, and its states are like those of any
+    text in size and spread, where states of one token repeated would be told apart by any codec of variable rate. Causal attention lets
+    no target see it, so what is learned does not change.
+    """
+    if bucket_tokens <= 1 or not len(made) or not (made.lengths % bucket_tokens).any():
+        return made
+    lengths = -(-made.lengths // bucket_tokens) * bucket_tokens
+    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
+    place = np.arange(offsets[-1]) - np.repeat(offsets[:-1], lengths)
+    own = np.repeat(made.lengths, lengths)
+    source = np.repeat(made.offsets[:-1], lengths) + place % own
+    return TokenRows(made.ids[source], made.trained[source] & (place < own), offsets, made.truncated, made.dropped_tokens)
+
+
 def _check_length(tokens: int) -> None:
     if tokens < 2:
         raise ConfigError(f"tokens.block_tokens is {tokens}.", "A row needs at least 2 tokens: one to see and one to predict.")

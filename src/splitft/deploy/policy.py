@@ -14,9 +14,12 @@ import torch
 from pydantic import Field, ValidationError
 from torch import Tensor
 
+from splitft.compress.base import Codec
+from splitft.compress.noise import noise_in
 from splitft.config import Component, RunConfig
 from splitft.config_checks import problems_of, shown
 from splitft.config_fields import Count, CountOrZero, NotNegative, Section
+from splitft.config_secure import SecureAggregationSection
 from splitft.errors import ConfigError, PolicyError
 from splitft.messages import RoundStart, ScoreStart
 from splitft.toml import read_toml
@@ -48,14 +51,30 @@ class ClientPolicy(Section):
         "", description="SHA-256 of the only certificate the server may show; empty: any that the federation's authority has signed."
     )
     noise_floor: NotNegative = Field(
-        0.0, description="Least noise on activations. No codec of this version adds any, so more than 0 refuses every server."
+        0.0,
+        description="Least noise on what leaves at the cuts, in root mean squares of a row (codec noise); measured rows leave "
+        "without: more than 0 refuses to measure, and wants labels to be forbidden too.",
     )
+    least_bucket_tokens: CountOrZero = Field(0, description="Rows must be lengthened to multiples of so many tokens or more; 0: need not.")
+    secure_aggregation: Literal["any", "required"] = Field(
+        "any", description='"required": this client\'s adapters must be summed behind masks, never sent; "any": as the server says.'
+    )
+    least_owners: CountOrZero = Field(
+        0,
+        description="Fewest clients, itself counted, among which its adapters may be summed; 0: as many as the server announces.",
+    )
+    least_threshold: Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False)] = Field(
+        0.0, description="Least share of those clients that opening their sum must take; 0: what the server announces, over a half."
+    )
+    peers: Names = Field(default_factory=list, description="Names of the only clients it shares a sum with; empty: any on the roster.")
     gradient_norm_limit: NotNegative = Field(
         1e6, description="Largest L2 norm of a received gradient, of one token; 0: any finite one. Absurd gradients steer a client."
     )
     adapter_norm_limit: NotNegative = Field(1e6, description="Largest L2 norm of received adapters, all together; 0: any finite one.")
 
 
+# Fields that say how a sum must be hidden.
+SEALED = ("least_owners", "least_threshold", "peers")
 _ALLOWED = {"string_pattern_mismatch": "must be 64 hexadecimal digits (a SHA-256), or empty", "list_type": "must be a list of names"}
 
 
@@ -77,6 +96,10 @@ def parse_policy(values: Mapping[str, Any]) -> ClientPolicy:
         raise _faulty(problems) from error
     if policy.maximum_cut and policy.maximum_cut < policy.minimum_cut:
         raise _faulty([f"maximum_cut = {policy.maximum_cut}: must be at least minimum_cut = {policy.minimum_cut}, or 0."])
+    if policy.secure_aggregation != "required" and (idle := [name for name in SEALED if getattr(policy, name)]):
+        raise _faulty([f'{name}: needs secure_aggregation = "required"; a server could do without any.' for name in idle])
+    if policy.noise_floor > 0 and policy.labels != "client":
+        raise _faulty(['noise_floor: needs labels = "client"; labels are the text, and there is no noise on them.'])
     return policy
 
 
@@ -128,8 +151,36 @@ def check_welcome(policy: ClientPolicy, config: RunConfig, model: str, fingerpri
     _at_most("maximum_step_rows", train.batch_size * train.gradient_accumulation, policy.maximum_step_rows, "rows a step")
     _check_codecs("uplink_codecs", policy.uplink_codecs, _leaving(config))
     _check_codecs("adapter_codecs", policy.adapter_codecs, (("adapter_uplink", config.adapter_uplink), _adapter_downlink(config)))
-    if policy.noise_floor > 0:
-        raise _refusal("noise_floor", "activations without noise", f"noise of {policy.noise_floor:g} or more, which no codec offers yet")
+    if policy.least_bucket_tokens and config.tokens.bucket_tokens < policy.least_bucket_tokens:
+        asked = f"rows in buckets of {config.tokens.bucket_tokens} tokens (tokens.bucket_tokens)"
+        raise _refusal("least_bucket_tokens", asked, f"{policy.least_bucket_tokens} or more")
+    if policy.secure_aggregation == "required":
+        _check_sealing(policy, config.secure_aggregation)
+
+
+def _check_sealing(policy: ClientPolicy, section: SecureAggregationSection) -> None:
+    """What a run announces of its secure aggregation; what comes in a round is held against it again (deploy/sealing.py)."""
+    if not section.enabled:
+        raise _refusal("secure_aggregation", "adapters in the clear", "a sum behind masks only")
+    if section.minimum < policy.least_owners:
+        raise _refusal("least_owners", f"adapters hidden among {section.minimum} clients", f"{policy.least_owners} or more")
+    if announced_share(section) < policy.least_threshold:
+        asked = f"a sum that {announced_share(section):.0%} of the clients can open"
+        raise _refusal("least_threshold", asked, f"{policy.least_threshold:.0%} or more")
+
+
+def announced_share(section: SecureAggregationSection) -> float:
+    """The share of the clients that opening a sum takes at least: two thirds where the run says nothing else."""
+    return section.threshold or 2 / 3
+
+
+def check_noise(policy: ClientPolicy, leaving: Mapping[str, Codec], width: int) -> None:
+    """Raise PolicyError unless every codec of what leaves at the cuts, rows of `width` channels, adds as much noise as the policy wants."""
+    for where, codec in leaving.items() if policy.noise_floor > 0 else ():
+        noise = noise_in(codec)
+        found = 0.0 if noise is None else noise.in_units_of_rms(width)
+        if found < policy.noise_floor:
+            raise _refusal("noise_floor", f"noise of {found:g} rms on what leaves ({where})", f"{policy.noise_floor:g} or more")
 
 
 def _leaving(config: RunConfig) -> Iterator[tuple[str, Component]]:
@@ -179,10 +230,14 @@ def check_round(policy: ClientPolicy, start: RoundStart) -> None:
     _at_most("maximum_rounds", start.round, policy.maximum_rounds, "rounds")
     _at_most("maximum_local_steps", start.local_steps, policy.maximum_local_steps, "local steps")
     _at_most("maximum_step_rows", start.batch_size * start.gradient_accumulation, policy.maximum_step_rows, "rows a step")
+    if policy.secure_aggregation == "required" and start.upload:
+        raise _refusal("secure_aggregation", "adapters in the clear at the end of a round", "a sum behind masks only")
 
 
 def check_score(policy: ClientPolicy, start: ScoreStart) -> None:
     """Raise PolicyError unless a measurement is within the policy: held-out rows leave at the same cut as training rows."""
+    if policy.noise_floor > 0:
+        raise _refusal("noise_floor", "held-out rows, which are measured without codecs", "nothing to leave without noise")
     if start.cut < policy.minimum_cut:
         raise _refusal(
             "minimum_cut", f"a measurement behind block {start.cut}", f"no fewer than {policy.minimum_cut} blocks in front of it"

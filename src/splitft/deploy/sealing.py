@@ -31,7 +31,7 @@ from splitft.deploy.disk import read_bounded, write_atomically
 from splitft.deploy.letters import Letter, Refused, pack, read
 from splitft.errors import ConfigError, PolicyError, ProtocolError, SplitftError
 from splitft.secure.client import SealedClient
-from splitft.secure.cohorts import Range
+from splitft.secure.cohorts import LEAST_COHORT, Range
 from splitft.secure.protocol import (
     Book,
     Confirmation,
@@ -157,7 +157,8 @@ def _phase(sealing: Sealing, line: Line, out: set[int], patience_s: float) -> Se
 @dataclass(frozen=True)
 class Insider:
     """A client's own standing: its seat, certificate, key, and the authority that it trusts. `peers`: the only names it shares a sealing
-    with (none: anybody the authority has certified); `least_threshold`: the share of the members that must be needed to open a sum."""
+    with (none: anybody the authority has certified); `least_threshold`: the share of the members that must be needed to open a sum;
+    `least_owners`: fewest members that share a column of its own, at the start and of those whose input has come."""
 
     seat: int
     certificate: x509.Certificate
@@ -165,6 +166,7 @@ class Insider:
     authority: x509.Certificate
     peers: frozenset[str] = frozenset()
     least_threshold: float = 0.5
+    least_owners: int = LEAST_COHORT
 
     def identities(self, offer: Offer) -> Identities:
         """The members' keys, from certificates that hold: signed by the authority, in date, one each, this client's own in its place.
@@ -200,7 +202,13 @@ class Insider:
         if terms.threshold < self.least_threshold * len(terms.members):
             raise PolicyError(
                 f"a sealing that {terms.threshold} of {len(terms.members)} members can open.",
-                f"this client's policy wants {self.least_threshold:.0%} of them.",
+                f"what the server announced, or this client's policy (least_threshold), wants {self.least_threshold:.0%} of them.",
+            )
+        fewest = min([terms.minimum, *(len(terms.cohorts[number].owners) for number in terms.own(self.seat))])
+        if fewest < self.least_owners:
+            raise PolicyError(
+                f"a sealing that hides this client's adapters among {fewest}.",
+                f"what the server announced, or this client's policy (least_owners), wants {self.least_owners} or more.",
             )
 
 

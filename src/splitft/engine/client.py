@@ -31,6 +31,8 @@ from splitft.engine.exchange import (
     take,
 )
 from splitft.engine.labels import known_labels, send_labels, with_labels
+from splitft.engine.narrow import decode as decode_state
+from splitft.engine.narrow import encode, narrows
 from splitft.engine.settings import ClientState, Federation, is_low, load_moments, next_state
 from splitft.engine.streams import open_step_streams, samples_of, states_after
 from splitft.errors import ProtocolError
@@ -136,7 +138,9 @@ class Client:
         self._check_start(frame)
         self.plan = plan_of(start)
         self.ownership = Ownership(self.plan, federation.split.blocks)
-        self.bank = AdapterBank(federation.layout, 1, federation.device, self.ownership.client_blocks(), federation.trained)
+        # A U-shape's decoder may stand behind the last block.
+        own = [*self.ownership.client_blocks(), *([federation.split.blocks] if start.exit_on_client else [])]
+        self.bank = AdapterBank(federation.layout, 1, federation.device, own, federation.trained)
         settings = federation.settings
         self.adapters = AdapterStreams.open(settings, self.plan, start.round, self.before.streams, federation.start)
         self._begin(frame)
@@ -196,6 +200,7 @@ class Client:
             f"{len(start.ranks)} ranks for {len(self.federation.layout.entries)} adapted projections": bool(start.ranks)
             and [0 <= rank <= entry.rank for rank, entry in zip(start.ranks, self.federation.layout.entries, strict=False)]
             != [True] * max(len(start.ranks), len(self.federation.layout.entries)),
+            f"cut {start.cut}, where the run has no bottleneck": not self._has_bottleneck(),
             f"segment {start.segment} of {start.segments}": not 0 <= start.segment < start.segments,
             f"codecs' dial at {start.activations_dial} and {start.gradients_dial}": not all(
                 math.isfinite(one) and one > 0 for one in (start.activations_dial, start.gradients_dial)
@@ -204,6 +209,14 @@ class Client:
         for fault, wrong in faults.items():
             if wrong:
                 raise ProtocolError(f"the plan for client {self.client} has {fault}.", "check the server's configuration.")
+
+    def _has_bottleneck(self) -> bool:
+        """Whether everything this plan sends goes through a bottleneck, if the run has any."""
+        plan, layout, blocks = plan_of(self.start), self.federation.layout, self.federation.split.blocks
+        if not narrows(layout) or plan.is_whole(blocks):
+            return True
+        there = {(one.place, one.boundary) for one in layout.matrices}
+        return ("cut", plan.cut) in there and (not plan.exit_on_client or ("exit", blocks - plan.tail_blocks) in there)
 
     def _step(self, step: int, squared_before: float) -> Generator[bytes, bytes, float]:
         """One optimizer step; returns the squared norm of this client's own gradients, which the server still needs."""
@@ -241,8 +254,10 @@ class Client:
         return float(own[0])
 
     def _front(self, batch: Batch) -> Tensor:
+        """What crosses the cut: the state behind the front, or what a bottleneck leaves of it."""
         route = Route(batch.ids.shape[0], last=self.plan.cut - 1, bank=self.bank)
-        return self.federation.split.run(route, batch.ids, self.federation.split.needed_mask(batch.mask))
+        hidden = self.federation.split.run(route, batch.ids, self.federation.split.needed_mask(batch.mask))
+        return encode(self.bank, "cut", self.plan.cut, hidden)
 
     def _alone(self, fields: StepFields, batch: Batch) -> StepFields:
         """The whole model is here: nothing crosses a cut."""
@@ -309,8 +324,8 @@ class Client:
         reply = expect_answer((yield frame.encode()), Type.HIDDEN_DOWN, fields)
         began_s = monotonic_s()
         state = self._receive(self.exit_down, reply, hidden, valid, samples).requires_grad_(True)
-        split = self.federation.split
-        route = Route(batch.ids.shape[0], entries={self.ownership.server_end: state}, bank=self.bank)
+        split, end = self.federation.split, self.ownership.server_end
+        route = Route(batch.ids.shape[0], entries={end: decode_state(self.bank, "exit", end, state)}, bank=self.bank)
         final = split.run(route, None, split.needed_mask(batch.mask))
         weight = torch.full((batch.ids.shape[0],), 1.0 / fields.normaliser, device=final.device)
         loss, sums = training_loss(final, Targets.of(batch.labels, final.device), weight, split.head, split.anatomy)

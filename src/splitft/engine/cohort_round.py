@@ -12,9 +12,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from splitft.compress.base import Packet
 from splitft.engine.adapters import AdapterStreams, carry_changes, facts_of
 from splitft.engine.batches import Batch, alike, gather, require_targets
+from splitft.engine.crossings import Company
 from splitft.engine.exchange import Ownership, encode_vector, put, round_end_frame, round_start_frame, take
 from splitft.engine.labels import count_labels, known_labels, with_labels
 from splitft.engine.ledger import Ledger
@@ -27,7 +27,6 @@ from splitft.optimizer import clip_factor
 from splitft.rng import numpy_stream
 from splitft.split import Route
 from splitft.types import Plan, RoundPlan
-from splitft.wire import Stream, Wire, cross
 
 
 class Cohort:
@@ -64,8 +63,6 @@ class Cohort:
         self.squared = torch.zeros(len(plans), dtype=wide(federation.device), device=federation.device)
         known = [state.streams for state in self.before]
         self.streams = [open_step_streams(settings, plan, self.round, one) for plan, one in zip(plans, known, strict=True)]
-        self.at_cut = [(up, down) for up, down, _, _ in self.streams]
-        self.at_exit = [(exit_down, exit_up) for _, _, exit_down, exit_up in self.streams]
         self.adapters = [
             AdapterStreams.open(settings, plan, self.round, one, federation.start) for plan, one in zip(plans, known, strict=True)
         ]
@@ -171,15 +168,8 @@ class Cohort:
         """Forward and backward of one micro-batch; the summed nll of each chosen session [n]."""
         split = self.federation.split
         sequences = batch.lengths.shape[1]
-        wires = self._wires(chosen, batch, sequences)
-
-        def crossing(index: int, hidden: Tensor) -> Tensor:
-            for wire in wires.get(index, ()):
-                hidden = cross(hidden, wire)
-            return hidden
-
         route = self._route(chosen, batch.ids.shape[0])
-        route.cross = crossing
+        route.cross = self._company(chosen, batch, sequences).crossing()
         hidden = split.run(route, batch.ids, split.needed_mask(batch.mask))
         weight = (1.0 / normaliser.float()).repeat_interleave(sequences).to(hidden.device)
         loss, row_sums = training_loss(hidden, Targets.of(batch.labels, hidden.device), weight, split.head, split.anatomy)
@@ -202,33 +192,20 @@ class Cohort:
             table[block] = (torch.tensor(distinct, device=device), len(distinct))
         return Route(rows, bank=self.bank, block_rows=table.__getitem__, sessions=sessions)
 
-    def _wires(self, chosen: list[int], batch: Batch, sequences: int) -> dict[int, list[Wire]]:
-        """Behind which block which sessions' rows cross; a session is counted by its place among the chosen."""
-        wires: dict[int, list[Wire]] = {}
-        plans, keyed = [self.plans[k] for k in chosen], self.federation.settings.keyed
-
-        def place(
-            index: int, sessions: list[int], streams: list[tuple[Stream, Stream]], names: tuple[tuple[str, str], tuple[str, str]]
-        ) -> None:
-            def record(session: int, is_forward: bool, packet: Packet) -> None:
-                direction, kind = names[0] if is_forward else names[1]
-                self.ledger.add(plans[session].client, direction, kind, packet.size_bytes)  # type: ignore[arg-type]
-
-            mine = [streams[chosen[j]] for j in sessions]
-            told = [samples_of(batch.samples[j], batch.lengths[j]) for j in sessions] if keyed else None
-            wires.setdefault(index, []).append(
-                Wire(sessions, sequences, batch.padded_lengths, [f for f, _ in mine], [b for _, b in mine], record, told)
-            )
-
-        split = [j for j, plan in enumerate(plans) if not plan.is_whole(self.federation.split.blocks)]
-        for cut in sorted({plans[j].cut for j in split}):
-            at_cut = [j for j in split if plans[j].cut == cut]
-            place(cut - 1, at_cut, self.at_cut, (("up", "activations"), ("down", "gradients")))
-        u_shaped = [j for j in split if plans[j].exit_on_client]
-        for end in sorted({self.ownership[chosen[j]].server_end for j in u_shaped}):
-            at_end = [j for j in u_shaped if self.ownership[chosen[j]].server_end == end]
-            place(end - 1, at_end, self.at_exit, (("down", "activations"), ("up", "gradients")))
-        return wires
+    def _company(self, chosen: list[int], batch: Batch, sequences: int) -> Company:
+        """Who goes through this pass, and how they cross."""
+        told = [samples_of(batch.samples[j], batch.lengths[j]) for j in range(len(chosen))] if self.federation.settings.keyed else None
+        return Company(
+            self.bank,
+            [self.ownership[k] for k in chosen],
+            [self.streams[k] for k in chosen],
+            chosen,
+            len(self.plans) if self.shared else None,
+            sequences,
+            batch.padded_lengths,
+            told,
+            self.ledger,
+        )
 
     def _count_step(self, chosen: list[int], batch: Batch, sequences: int) -> None:
         """Labels, and the frames around the packets: their lengths follow from the message format."""

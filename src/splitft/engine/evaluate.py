@@ -8,15 +8,18 @@ crosses no cut and costs the federation neither bytes nor virtual time.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from splitft.bottleneck import Place
 from splitft.data.base import Ints, TokenRows
 from splitft.engine.batches import assemble
+from splitft.engine.narrow import around
 from splitft.errors import DataError
 from splitft.lora import AdapterBank, Layout
 from splitft.loss import Targets, token_losses
@@ -24,6 +27,7 @@ from splitft.split import Route, SplitModel
 
 # Clients with models of their own whose adapters are on the device at a time.
 OWN_MODELS = 16
+NOWHERE: Mapping[int, Place] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -66,12 +70,14 @@ def evaluate(
     max_rows: int = 0,
     names: Sequence[str] = (),
     owners: Sequence[int] = (),
+    through: Mapping[int, Place] = NOWHERE,
 ) -> list[Score | None]:
     """One score per set of rows (None for a set without rows). Rows of all sets are batched by length: `batch_size` of the longest, more
     of shorter ones, for as many tokens.
 
     `adapters` is one row [p] for all sets, or [n p] with `owners` naming the row of each set.
-    `max_rows` limits each set to its first rows (0: all). Raises DataError for rows without a target; `names` of the sets go into it.
+    `max_rows` limits each set to its first rows (0: all). `through`: boundaries at which the states of all go through their bottleneck,
+    without a wire; the exported adapter has none. Raises DataError for rows without a target; `names` of the sets go into it.
     """
     adapters = adapters if adapters.ndim == 2 else adapters[None]
     bank = AdapterBank(layout, len(adapters), device)
@@ -82,7 +88,7 @@ def evaluate(
     bank_row = torch.tensor(owners, dtype=torch.int64)[torch.from_numpy(set_of)].to(device) if owners else None
     loss_sum, correct, tokens = np.zeros(len(sets)), np.zeros(len(sets), np.int64), np.zeros(len(sets), np.int64)
     for chosen in batches_by_length(joined.lengths, batch_size):
-        losses, right, row = _batch(split, bank, joined, chosen, device, bank_row)
+        losses, right, row = _batch(split, bank, joined, chosen, device, bank_row, through)
         owner = set_of[chosen[row]]
         np.add.at(loss_sum, owner, losses)
         correct += np.bincount(owner[right], minlength=len(sets))
@@ -147,7 +153,13 @@ def batches_by_length(lengths: Ints, batch_size: int) -> Iterator[Ints]:
 
 
 def _batch(
-    split: SplitModel, bank: AdapterBank, joined: TokenRows, chosen: Ints, device: torch.device, bank_row: Tensor | None
+    split: SplitModel,
+    bank: AdapterBank,
+    joined: TokenRows,
+    chosen: Ints,
+    device: torch.device,
+    bank_row: Tensor | None,
+    through: Mapping[int, Place],
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """nll, right-or-wrong and row of every target of a batch."""
     ids, lengths, trained = joined.batch(chosen)
@@ -155,6 +167,7 @@ def _batch(
     with torch.no_grad():
         rows = None if bank_row is None else bank_row[torch.from_numpy(chosen).to(device)]
         route = Route(len(chosen), bank=bank, bank_rows=rows, sessions=1 if rows is None else len(chosen))
+        route.cross = around(bank, through) if through else None
         hidden = split.run(route, batch.ids, split.needed_mask(batch.mask))
         targets = Targets.of(batch.labels, hidden.device)
         picked = hidden.reshape(-1, hidden.shape[-1]).index_select(0, targets.positions)

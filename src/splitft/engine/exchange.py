@@ -61,7 +61,7 @@ class Ownership:
 
     def client_size(self, layout: Layout, trained: Tensor | None = None) -> int:
         """How many `client_columns` there are, without making them where arithmetic is enough."""
-        if trained is not None or not self.plan.ranks:
+        if trained is not None or not self.plan.ranks or layout.matrices:
             return size_of(self.client_columns(layout, trained))
         ranks = zip(layout.entries, self.plan.ranks, strict=True)
         return sum(min(rank, one.rank) * (one.inputs + one.outputs) for one, rank in ranks if one.key.block in self.held)
@@ -72,11 +72,21 @@ class Ownership:
         return every * (plan.segment + 1) // plan.segments - every * plan.segment // plan.segments
 
     def _ranges(self, layout: Layout) -> list[slice]:
-        """The columns of the client's blocks."""
-        return [layout.columns(0, self.plan.cut), layout.columns(self.server_end, self.blocks)]
+        """The columns of the client's blocks, without bottlenecks of other cuts."""
+        tail = layout.columns(self.server_end, self.blocks + 1) if self.plan.exit_on_client else slice(0, 0)
+        return without([layout.columns(0, self.plan.cut), tail], self.unused(layout))
 
     def server_columns(self, layout: Layout) -> slice:
-        return layout.columns(self.plan.cut, self.server_end)
+        """The columns of the server's blocks, and of what stands behind the last one; bottlenecks of other cuts among them."""
+        return layout.columns(self.plan.cut, self.server_end if self.plan.exit_on_client else self.blocks + 1)
+
+    def unused(self, layout: Layout) -> list[slice]:
+        """The columns of bottlenecks that this plan's tensors do not go through."""
+        plan = self.plan
+        own = set() if plan.is_whole(self.blocks) else {("cut", plan.cut)}
+        if own and plan.exit_on_client:
+            own.add(("exit", self.server_end))
+        return [slice(one.start, one.end) for one in layout.matrices if (one.place, one.boundary) not in own]
 
 
 @lru_cache(maxsize=16)
@@ -88,6 +98,19 @@ def _chosen(layout: Layout, ranges: tuple[tuple[int, int], ...], ranks: tuple[in
     if ranks:
         mask &= layout.active(ranks)
     return mask if trained is None else mask & trained
+
+
+def without(ranges: list[slice], others: list[slice]) -> list[slice]:
+    """Ranges with other ranges, ascending, taken out."""
+    for other in others:
+        found = []
+        for one in ranges:
+            if other.stop <= one.start or other.start >= one.stop:
+                found.append(one)
+                continue
+            found += [part for part in (slice(one.start, other.start), slice(other.stop, one.stop)) if part.start < part.stop]
+        ranges = found
+    return ranges
 
 
 def positions(columns: Columns) -> Tensor:

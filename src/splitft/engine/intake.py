@@ -16,6 +16,7 @@ from splitft.engine.adapters import AdapterStreams, receive_change
 from splitft.engine.batches import length_mask
 from splitft.engine.exchange import Ownership, decode_vector, packet_of, size_of, spread
 from splitft.engine.labels import Known, receive_labels
+from splitft.engine.narrow import crossing_width
 from splitft.engine.settings import Federation
 from splitft.engine.streams import samples_of
 from splitft.errors import ProtocolError
@@ -119,10 +120,10 @@ def step_up(session: Session, frame: Frame, federation: Federation, round_index:
     packet = packet_of(frame, 0)
     total = sum(sequences)
     _check_targets(session, fields, total, federation)
-    if packet.shape != (total, federation.split.hidden_size):
+    channels = crossing_width(federation.layout, federation.split.hidden_size)
+    if packet.shape != (total, channels):
         raise ProtocolError(
-            f"client {session.client} sent a tensor of shape {packet.shape} for {total} tokens of width {federation.split.hidden_size}.",
-            SAME_PLAN,
+            f"client {session.client} sent a tensor of shape {packet.shape} for {total} tokens of width {channels}.", SAME_PLAN
         )
     decoded, receiver = session.uplink.codec.decode(packet, session.uplink.receiver, samples)
     lengths, known = torch.tensor(sequences), session.labels
@@ -130,7 +131,7 @@ def step_up(session: Session, frame: Frame, federation: Federation, round_index:
     mask = length_mask(lengths, width)
     valid = None if mask is None else mask.reshape(-1).bool()
     like = torch.empty(0, device=federation.device, dtype=federation.split.dtype)
-    hidden = spread(decoded, torch.Size((len(lengths), width, federation.split.hidden_size)), valid, like)
+    hidden = spread(decoded, torch.Size((len(lengths), width, channels)), valid, like)
     labels = None
     if not plan.exit_on_client:
         flat = torch.full((len(lengths) * width,), IGNORE_LABEL)

@@ -52,7 +52,7 @@ def updates_of(
         full = [entry.rank for entry in layout.entries]
         ranks = torch.tensor([list(plan.ranks) or full for plan in plans], dtype=torch.int64)
     sent = None
-    if any(not plan.upload or plan.segments > 1 for plan in plans):
+    if any(not plan.upload or plan.segments > 1 or Ownership(plan, blocks).unused(layout) for plan in plans):
         sent = torch.zeros(len(plans), layout.parameters, dtype=torch.bool)
         for mask, plan in zip(sent, plans, strict=True):
             _mark_sent(mask, Ownership(plan, blocks), federation)
@@ -78,6 +78,8 @@ def _mark_sent(mask: Tensor, ownership: Ownership, federation: Federation) -> No
     mask[ownership.server_columns(layout)] = True
     if ownership.plan.upload:
         mask[positions(ownership.upload_columns(layout, federation.trained))] = True
+    for part in ownership.unused(layout):  # who did not use a bottleneck has nothing to say of it
+        mask[part] = False
 
 
 def merge(rule: Aggregator, before: Tensor, updates: Updates, state: State, split: SplitModel) -> Outcome:

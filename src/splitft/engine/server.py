@@ -18,6 +18,8 @@ from splitft.engine.batches import length_mask
 from splitft.engine.exchange import Ownership, packet_bytes, put, round_start_frame, take
 from splitft.engine.intake import Arrival, Ending, Returned, Session
 from splitft.engine.labels import known_labels, with_labels
+from splitft.engine.narrow import encode
+from splitft.engine.passes import entering, tokens_of, widen, widen_labels
 from splitft.engine.settings import ClientState, Federation, Starts, load_moments
 from splitft.engine.streams import StreamStates, open_step_streams, states_after
 from splitft.errors import CodecError, ProtocolError
@@ -26,7 +28,7 @@ from splitft.loss import Targets, training_loss
 from splitft.messages import Buffer, Frame, RoundAccepted, Type, decode, round_frame, step_frame
 from splitft.optimizer import clip_factor
 from splitft.split import Route
-from splitft.types import IGNORE_LABEL, Plan, RoundPlan
+from splitft.types import Plan, RoundPlan
 
 # Asked of every update [p], whole, and the adapters it began from, before it is accepted; raises ProtocolError to refuse it.
 Guard = Callable[[int, Tensor, Tensor], None]
@@ -236,10 +238,8 @@ class Server:
         for arrival in group:
             self._take(arrival)
         width = max(arrival.hidden.shape[1] for arrival in group)
-        leaves = [_widen(arrival.hidden, width).requires_grad_(True) for arrival in group]
-        entries: dict[int, Tensor] = {}
-        for cut in sorted({arrival.session.ownership.plan.cut for arrival in group}):
-            entries[cut] = torch.cat([leaf for leaf, one in zip(leaves, group, strict=True) if one.session.ownership.plan.cut == cut])
+        leaves = [widen(arrival.hidden, width).requires_grad_(True) for arrival in group]
+        entries = entering(self.bank, group, leaves, self.federation.device)
         split, first = self.federation.split, group[0].session.ownership
         mask = length_mask(torch.stack([arrival.lengths for arrival in group]), width)
         rows = torch.tensor([arrival.session.row for arrival in group], device=self.federation.device)
@@ -248,11 +248,12 @@ class Server:
         needed = split.needed_mask(mask)
         final = split.run(route, None, None if needed is None else needed.to(self.federation.device))
         if first.plan.exit_on_client:
+            final = encode(self.bank, "exit", first.server_end, final, rows, len(group))
             self.open.append(OpenPass(group, leaves, final, {}))
             for arrival in group:
                 arrival.session.in_pass = True
             return self._send_hidden(group, final)
-        labels = torch.cat([_widen_labels(arrival.labels, width) for arrival in group])
+        labels = torch.cat([widen_labels(arrival.labels, width) for arrival in group])
         sequences = group[0].lengths.shape[0]
         weight = torch.tensor([1.0 / arrival.fields.normaliser for arrival in group]).repeat_interleave(sequences).to(final.device)
         loss, sums = training_loss(final, Targets.of(labels, final.device), weight, split.head, split.anatomy)
@@ -264,7 +265,7 @@ class Server:
         for arrival, part in zip(group, torch.split(final.detach(), [arrival.lengths.shape[0] for arrival in group]), strict=True):
             session = arrival.session
             try:
-                packet = session.exit_down.send(_tokens(part, arrival), arrival.samples)
+                packet = session.exit_down.send(tokens_of(part, arrival), arrival.samples)
             except CodecError as problem:
                 served.refused[session.client] = _named(session, problem)
                 continue
@@ -278,7 +279,7 @@ class Server:
         session.in_pass = False
         waiting = next(one for one in self.open if any(arrival.session is session for arrival in one.arrivals))
         position = next(k for k, arrival in enumerate(waiting.arrivals) if arrival.session is session)
-        waiting.gradients[position] = _widen(returned.gradient, waiting.final.shape[1])
+        waiting.gradients[position] = widen(returned.gradient, waiting.final.shape[1])
         return self._complete(waiting)
 
     def _complete(self, waiting: OpenPass) -> Served:
@@ -299,7 +300,7 @@ class Server:
                 continue
             assert leaf.grad is not None
             try:
-                packet = session.downlink.send(_tokens(leaf.grad, arrival), arrival.samples)
+                packet = session.downlink.send(tokens_of(leaf.grad, arrival), arrival.samples)
             except CodecError as problem:
                 served.refused[session.client] = _named(session, problem)
                 continue
@@ -376,25 +377,3 @@ def _rows(waiting: OpenPass) -> list[int]:
 def _named(session: Session, problem: CodecError) -> CodecError:
     """What went wrong with a tensor for a client, said with its number: its own numbers made it so."""
     return CodecError(f"client {session.client}: {problem.message}", problem.remedy)
-
-
-def _tokens(tensor: Tensor, arrival: Arrival) -> Tensor:
-    """The tokens [q d] of one session's rows [b t d] of a pass, padding of the pass and of the session left out."""
-    own = tensor[:, : arrival.hidden.shape[1]].reshape(-1, tensor.shape[-1])
-    return own if arrival.valid is None else own[arrival.valid.to(own.device)]
-
-
-def _widen(hidden: Tensor, width: int) -> Tensor:
-    """Rows padded with zeros to the pass's width."""
-    if hidden.shape[1] == width:
-        return hidden.detach().clone()
-    wide = hidden.new_zeros((hidden.shape[0], width, hidden.shape[2]))
-    wide[:, : hidden.shape[1]] = hidden.detach()
-    return wide
-
-
-def _widen_labels(labels: Tensor | None, width: int) -> Tensor:
-    assert labels is not None
-    wide = torch.full((labels.shape[0], width), IGNORE_LABEL)
-    wide[:, : labels.shape[1]] = labels
-    return wide
