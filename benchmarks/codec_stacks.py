@@ -34,6 +34,7 @@ from splitft.compress.randk import RandK
 from splitft.compress.residual import Residual
 from splitft.compress.temporal import Temporal
 from splitft.compress.topk import TopK
+from splitft.rng import torch_stream
 
 STACKS: dict[str, tuple[str, Codec]] = {
     "identity": ("`identity`", Identity()),
@@ -85,7 +86,7 @@ def play(codec: Codec, visits: Sequence[Visit]) -> Played:
     senders = [codec.init() for _ in range(clients)]
     receivers = senders if codec.mirrored else [codec.init() for _ in range(clients)]
     for index, visit in enumerate(visits):
-        drawn = [torch.Generator().manual_seed(clients * index + k) if codec.draws else None for k in range(clients)]
+        drawn = [torch_stream(clients * index + k, "codec stacks") if codec.draws else None for k in range(clients)]
         told = visit.samples if codec.hears_samples else None
         begin = time.perf_counter()
         packets, after = codec.encode_batch(visit.rows, visit.counts, senders, drawn, told, commit=not codec.mirrored)

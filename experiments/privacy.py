@@ -2,6 +2,7 @@
 
     python -m experiments.privacy                          the embedded model, about ten minutes on two cores
     python -m experiments.privacy --model FOLDER           another one
+    python -m experiments.privacy --again noise trained    the rows with one of these words in their name once more (no words: all)
 
 Every row is a whole run (`splitft run`) and an audit of its end (`splitft audit`); rows that are there already are kept. Results go to
 experiments/results/privacy-NAME.json and, as a table, to standard output.
@@ -68,6 +69,11 @@ def trained(channels: int, **fields: float) -> list[str]:
     return [f"bottleneck.channels={channels}", *(f"bottleneck.{name}={value}" for name, value in fields.items())]
 
 
+def is_wanted_again(row: str, words: list[str] | None) -> bool:
+    """Whether `--again` names a row; None: it was not given."""
+    return words is not None and (not words or any(word in row for word in words))
+
+
 def command(*arguments: str) -> None:
     subprocess.run([sys.executable, "-m", "splitft", *arguments], check=True, stdout=subprocess.DEVNULL)
 
@@ -96,20 +102,23 @@ def measured(name: str, overrides: list[str], folder: Path, model: str) -> dict[
         "labels_sent": audit["labels_sent"],
         "verdict": audit["verdict"],
         "floors": audit["floors"],
+        "visits": audit["visits"],
+        "times_sent": audit["times_sent"],
         "notes": audit["notes"],
     }
 
 
 def table(results: dict[str, Any], order: list[str]) -> str:
     """The rows as Markdown."""
-    head = "| uplink, cut, tail | perplexity | through | MB | K, adapter known | B, base only | labels |"
-    lines = [head, "|---|---:|---:|---:|---:|---:|---:|"]
+    head = "| uplink, cut, tail | perplexity | through | MB | visits | K, adapter known | B, base only | labels |"
+    lines = [head, "|---|---:|---:|---:|---:|---:|---:|---:|"]
     for name, one in ((name, results["rows"][name]) for name in order):
         leaks = one["leaks"]
         labels = "sent" if one["labels_sent"] else " / ".join(f"{leaks[key]:.3f}" for key in ("L", "L base") if key in leaks)
         ways = [f"{leaks[key]:.3f}" if key in leaks else "" for key in ("K", "B")]
         through = "" if one.get("through") is None else f"{one['through']:.1f}"
-        lines.append(f"| {name} | {one['perplexity']:.1f} | {through} | {one['bytes'] / 1e6:.1f} | {ways[0]} | {ways[1]} | {labels} |")
+        first = f"| {name} | {one['perplexity']:.1f} | {through} | {one['bytes'] / 1e6:.1f} | {one.get('visits', 1)}"
+        lines.append(f"{first} | {ways[0]} | {ways[1]} | {labels} |")
     return "\n".join(lines)
 
 
@@ -117,6 +126,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="embedded")
     parser.add_argument("--folder", type=Path, default=Path("runs/privacy"))
+    parser.add_argument("--again", nargs="*", metavar="WORD", help="measure rows again whose name has one of these words; no words: all")
     chosen = parser.parse_args()
     from splitft.models.load import load_model_config
 
@@ -126,7 +136,7 @@ def main() -> None:
     results: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.is_file() else {"model": name, "base": BASE, "rows": {}}
     wanted = rows(int(text.num_hidden_layers), int(text.hidden_size))
     for row, overrides in wanted.items():
-        if row in results["rows"]:
+        if row in results["rows"] and not is_wanted_again(row, chosen.again):
             continue
         results["rows"][row] = measured(row, overrides, chosen.folder / name, chosen.model)
         path.write_text(json.dumps(results, indent=1) + "\n", "utf-8")

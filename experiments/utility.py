@@ -31,7 +31,6 @@ BASE = [
     "train.local_steps=2",
     "train.learning_rate=1e-2",
     "lora.rank=2",
-    "lora.targets=all",
     "policy.name=fixed",
     "evaluate.max_rows=128",
     f"evaluate.every_rounds={ROUNDS}",
@@ -42,7 +41,7 @@ BASE = [
 def points() -> dict[str, str]:
     """Name -> the aggregator. What would drown in noise is run all the same here, to show that it does."""
     # The seed of the noise is the run's; `most_noise` lets pass what a user would be refused.
-    private = '{name="private",rule="freeze_a",delta=%g,most_noise=1e6,secret_seed=SEED,%s}'
+    private = '{name="private",rule="freeze_a",clip=4.0,delta=%g,most_noise=1e6,secret_seed=SEED,%s}'
     return {
         NO_CLIP: '{name="freeze_a"}',
         CLIP_ONLY: private % (DELTA, "noise_multiplier=0.0"),

@@ -23,6 +23,7 @@ WORDS = {
     "waits",
     "toml",
     "errors",
+    "keyed",
     "clock",
     "links",
     "lockstep",

@@ -172,8 +172,8 @@ class SplitSection(Section):
     maximum_cut: CountOrZero = Field(0, description="Most blocks any policy puts on a client; 0: all.")
     max_leak: Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False)] = Field(
         1.0,
-        description="Largest share of a client's tokens that an attacker who knows the adapter may recover at a cut, measured before the "
-        "run begins (docs/privacy.md); 1 allows any.",
+        description="Largest share of a client's tokens or labels that informed attackers may recover at a cut, by the upper end of the "
+        '95 % interval, measured before the run begins; needs labels = "client" (docs/privacy.md); 1 allows any.',
     )
     tail_blocks: CountOrZero = Field(0, description='Last blocks kept on the client behind the server; needs labels = "client".')
 

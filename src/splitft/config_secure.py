@@ -10,7 +10,7 @@ from splitft.config_fields import Section
 
 
 class SecureAggregationSection(Section):
-    """Clients' own adapters reach the server as a sum only; those of the server's own blocks it trains, and sees."""
+    """Clients' own adapters are sent as a sum only, which hides nothing that activations, labels and gradients tell (privacy.md)."""
 
     enabled: bool = Field(
         False,

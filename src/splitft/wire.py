@@ -24,7 +24,8 @@ Record = Callable[[int, bool, Packet], None]
 
 @dataclass(frozen=True)
 class StreamName:
-    """Names the random numbers of a stream; `place` tells apart the tensors of a step. Both executors give the same name."""
+    """Names the random numbers of a stream; `place` tells apart the tensors of a step. Both executors give the same name. `seed` may have
+    any number of bits: noise is drawn from a key of which all of them are part."""
 
     seed: int
     client: int

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from splitft.audit.base import Case, Options
 from splitft.audit.bottom import Bottom
-from splitft.audit.run import audit, leak_by_cut
+from splitft.audit.run import audit, worst_by_cut
 from splitft.audit.tap import Tap
 from splitft.bottleneck import begin, pair_of, principal
 from splitft.compress.cast import Cast
@@ -50,7 +50,7 @@ def narrow(channels: int, turned: bool = False, exit_on_client: bool = False) ->
 
 
 def found(case: Case, cut: int = CUT) -> float:
-    return leak_by_cut(case, (cut,), OPTIONS)[cut]
+    return worst_by_cut(case, (cut,), OPTIONS)[cut].figures.accuracy
 
 
 def test_fewer_channels_never_leak_more_and_under_noise_few_leak_little() -> None:

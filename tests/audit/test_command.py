@@ -12,14 +12,17 @@ import typer
 from typer.testing import CliRunner, Result
 
 from splitft.apps.api import run
-from splitft.apps.audit_command import audit, private_rows, request_of
+from splitft.apps.audit_command import audit, private_rows, request_of, times_sent
 from splitft.apps.audit_page import NONE_MADE, config_digest, leakage_line, stretches
 from splitft.apps.report import write_report
+from splitft.apps.server_setup import assemble_server
+from splitft.apps.session import FederatedRun
 from splitft.audit.base import Options
-from splitft.config import load_config
+from splitft.config import load_config, parse_config
 from splitft.data.base import TokenRows
 from splitft.errors import ConfigError, DataError
 
+from ..deploy.federation_scenes import federation_values
 from ..support import random_rows
 from ..tiny_run import text_file, tiny_config
 
@@ -77,6 +80,99 @@ def test_no_text_is_written_and_it_is_shown_on_request_only(folder: Path, tmp_pa
     assert sample not in written
     for finding in record(tmp_path)["cuts"][0]["findings"]:  # figures, never tokens
         assert not any(isinstance(value, list) for name, value in finding.items() if name != "figures")
+
+
+def test_the_report_says_with_what_an_audit_was_made(folder: Path, public: str) -> None:
+    call(str(folder), "--public", public)
+    kept = record(folder)
+    line = leakage_line(folder, 1)
+    assert "from 2 sequences of 8 tokens of client 1, in " in line
+    assert "over 1 visit of the text." in line
+    other = json.loads(json.dumps(kept))
+    other["visits"], other["notes"], other["seconds"] = 4, ["only half was reached"], 71.0
+    other["cuts"][0]["findings"].append(
+        {"attacker": "L", "figures": {**other["cuts"][0]["findings"][0]["figures"], "tokens": 0, "accuracy": 0.0}}
+    )
+    try:
+        (folder / "audit.json").write_text(json.dumps(other))
+        line = leakage_line(folder, 1)
+        assert "L not reached in the time given" in line
+        assert "L 0.000" not in line
+        assert line.endswith("over 4 visits of the text. Note: only half was reached.")
+        del other["visits"]  # as audits were before visits were counted
+        (folder / "audit.json").write_text(json.dumps(other))
+        assert "over 1 visit of the text." in leakage_line(folder, 1)
+    finally:
+        (folder / "audit.json").write_text(json.dumps(kept))
+
+
+@pytest.mark.timeout(60)
+def test_attackers_without_time_have_no_figure(tmp_path: Path, public: str) -> None:
+    config = tiny_config(tmp_path, split={"labels": "client", "tail_blocks": 1})
+    (tmp_path / "u.toml").write_text(config.to_toml())
+    done = call(str(tmp_path / "u.toml"), "--seconds", "1e-6", "--public", public, "--to", str(tmp_path / "out"))
+    assert done.exit_code == 0, done.output
+    labels = [one for one in record(tmp_path / "out")["cuts"][0]["findings"] if one["attacker"] == "L"]
+    assert [one["figures"]["tokens"] for one in labels] == [0]
+    row = next(line for line in done.output.splitlines() if "L labels" in line)
+    assert "0.000" not in row
+
+
+def test_how_often_a_run_sends_a_text(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, rounds=3, train={"local_steps": 4, "batch_size": 2, "gradient_accumulation": 2})
+    assert times_sent(config, None, 10) == 5  # 48 rows of 10: some texts five times
+    assert times_sent(config, 1, 10) == 2
+    assert times_sent(config, 1, 16) == 1
+    assert times_sent(config, 0, 16) == times_sent(config, 1, 1000) == 1
+
+
+@pytest.mark.timeout(60)
+def test_visits_are_those_of_the_run_unless_others_are_asked_for(tmp_path: Path, public: str) -> None:
+    noise = {"name": "noise", "clip": 0.0, "multiple": 1.0}
+    config = tiny_config(tmp_path, clients={"count": 1}, policy={"name": "fixed", "cuts": [1]}, uplink=noise, rounds=400)
+    (tmp_path / "noise.toml").write_text(config.to_toml())
+    common = (str(tmp_path / "noise.toml"), "--public", public, "--to", str(tmp_path / "out"))
+    done = call(*common)
+    planned = record(tmp_path / "out")
+    assert planned["times_sent"] > 1
+    assert planned["visits"] == min(8, planned["times_sent"])
+    assert f"the mean of {planned['visits']} visits is attacked" in " ".join(done.output.split())
+    assert call(*common, "--visits", "3").exit_code == 0
+    assert record(tmp_path / "out")["visits"] == 3
+    assert call(*common, "uplink=identity").exit_code == 0
+    assert record(tmp_path / "out")["visits"] == 1
+    with pytest.raises(ConfigError, match="--visits is -1"):
+        call(*common, "--visits", "-1")
+
+
+@pytest.mark.timeout(120)
+def test_a_servers_own_data_is_not_attacked_as_a_clients(tmp_path: Path, public: str) -> None:
+    """Its folder has no text of any client, so a figure about the server's would say nothing of theirs."""
+    federated = FederatedRun(parse_config(federation_values(tmp_path)), None, build=assemble_server)
+    federated.close()
+    with pytest.raises(ConfigError, match=r"federation's server.*--data FILE"):
+        call(str(federated.folder), "--public", public)
+    text = tmp_path / "texts" / "c1.txt"
+    with pytest.raises(ConfigError, match="leave out --steps"):
+        call(str(federated.folder), "--public", public, "--data", str(text), "--steps", "1")
+    done = call(str(federated.folder), "--public", public, "--data", str(text), "--show-text")
+    assert done.exit_code == 0, done.output
+    assert "The text of c1.txt as that of client 0" in done.output
+    shown = done.output.split("the text: ")[1].split("\n")[0].strip()
+    assert shown[:6] in text.read_text()
+    assert not (federated.folder / "audit.json").exists()
+    found = record(federated.folder.parent / "fed-audit")
+    assert found["data"] == "c1.txt"
+
+
+@pytest.mark.timeout(60)
+def test_another_text_does_not_count_as_the_runs_own(folder: Path, tmp_path: Path, public: str) -> None:
+    before = (folder / "audit.json").read_text() if (folder / "audit.json").exists() else ""
+    text = text_file(tmp_path / "mine.txt", documents=20, seed=9)
+    assert call(str(folder), "--public", public, "--data", str(text), "--to", str(tmp_path / "out")).exit_code == 0
+    assert call(str(folder), "--public", public, "--data", str(text)).exit_code == 0
+    assert record(tmp_path / "out")["data"] == "mine.txt"
+    assert ((folder / "audit.json").read_text() if (folder / "audit.json").exists() else "") == before
 
 
 def test_an_audit_of_something_else_does_not_count(folder: Path, public: str) -> None:

@@ -131,6 +131,10 @@ def test_a_participant_without_tokens_does_not_matter(variant: Variant) -> None:
     values[1] *= 50
     rows = [row for row in range(count + 1) if row != 1]
     with_idle = merge(rule, before, updates(rule, before, [tokens[0], 0, *tokens[1:]], values))
+    if "private" in names_inside(rule):  # it is counted, as who sends no change: the number of participants must say nothing of data
+        values[1] = before
+        close(with_idle, merge(rule, before, updates(rule, before, [tokens[0], 7, *tokens[1:]], values)))
+        return
     close(with_idle, merge(rule, before, updates(rule, before, tokens, values[rows], rows)))
 
 

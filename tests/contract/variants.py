@@ -78,7 +78,7 @@ AGGREGATOR_FIELDS: dict[str, list[dict[str, Any]]] = {
     "private": [
         {"noise_multiplier": 0.0, "clip": 1e6, "rate": 0.0},
         {"noise_multiplier": 0.0, "clip": 1e6, "rate": 0.0, "rule": "average"},
-        {"epsilon": 3.0, "rounds": 9, "rule": "average", "unit": "absent", "drawn_share": 0.2, "secret_seed": 5},
+        {"epsilon": 3.0, "rounds": 9, "rule": "average", "unit": "absent", "secret_seed": 5},
     ],
 }
 SYNCHRONISATION_FIELDS: dict[str, list[dict[str, Any]]] = {"drift": [{"exact": True}, {"max_rounds": 3, "rows": 1, "width": 7, "seed": 5}]}

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from splitft.errors import ConfigError
-from splitft.privacy.accountant import ORDERS, Mechanism, Spent, delta_for, multiplier_for
+from splitft.privacy.accountant import ORDERS, Mechanism, Spent, Unit, delta_for, multiplier_for
 from splitft.privacy.adaptive import count_noise, next_clip, sum_multiplier
 from splitft.privacy.claim import claim_of
 from splitft.privacy.draws import secret_normals
@@ -168,11 +168,24 @@ def test_delta_is_small_for_small_rosters_too() -> None:
     assert delta_for(10**6) == pytest.approx(10**-6.6)
 
 
-def test_the_count_and_the_sum_together_cost_what_is_accounted() -> None:
-    """The sum's sensitivity is two clips, that of the count one client: squares of sensitivity over noise add up."""
-    multiplier, share = 3.0, 0.05
-    together = (2 / sum_multiplier(multiplier, share)) ** 2 + (1 / count_noise(multiplier, share)) ** 2
-    assert together == pytest.approx(Mechanism(multiplier).mu ** 2)
+@pytest.mark.parametrize("unit", ["replace", "absent"])
+@pytest.mark.parametrize("share", [0.05, 0.4])
+def test_the_count_and_the_sum_together_cost_what_is_accounted(unit: Unit, share: float) -> None:
+    """Independently: the farthest that any neighbour moves (sum in clips, within), by trying; then the distance in units of the noise."""
+    multiplier, values = 3.0, [-1e9, -1.0, -0.5, 0.0, 0.3, 1.0, 7.0]
+
+    def told(value: float) -> tuple[float, float]:
+        return max(-1.0, min(1.0, value)), float(abs(value) <= 1.0)
+
+    neighbours = [0.0] if unit == "absent" else values
+    on_sum, on_count = sum_multiplier(multiplier, share), count_noise(multiplier, share, unit)
+    moves = [(told(one)[0] - told(other)[0], told(one)[1] - told(other)[1]) for one in values for other in neighbours]
+    farthest = [max(abs(move[part]) for move in moves) for part in (0, 1)]
+    assert farthest == [2.0 if unit == "replace" else 1.0, 1.0]
+    mu = max(math.hypot(of_sum / on_sum, of_count / on_count) for of_sum, of_count in moves)
+    bound = math.hypot(farthest[0] / on_sum, farthest[1] / on_count)
+    assert mu == pytest.approx(bound), "an update beyond the clip moves both as far as they go"
+    assert mu == pytest.approx(Mechanism(multiplier, unit).mu)
 
 
 def test_a_noisy_share_beyond_all_and_nobody_moves_the_clip_by_one_step_at_most() -> None:
@@ -189,14 +202,12 @@ def test_no_epsilon_is_told_without_all_that_it_means() -> None:
         "privacy_noise_multiplier": 2.0,
         "privacy_participants": 50.0,
         "privacy_merges": 7.0,
-        "privacy_drawn_share": 1.0,
         "privacy_replaced": 1.0,
     }
     said = claim_of(whole)
     assert said is not None
     for part in ("epsilon 3.14", "delta 1e-05", "clip 0.25", "noise 2 clips", "50 updates", "7 merges", "replaced", "every client"):
         assert part in said
-    assert "0.1 of the clients" in (claim_of({**whole, "privacy_drawn_share": 0.1}) or "")
     for name in whole:
         assert claim_of({key: value for key, value in whole.items() if key != name}) is None
     assert claim_of({**whole, "privacy_clip": 0.0}) is None

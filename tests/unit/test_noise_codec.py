@@ -18,8 +18,8 @@ from splitft.compress.residual import Residual
 from splitft.compress.temporal import Temporal
 from splitft.compress.topk import TopK
 from splitft.errors import ConfigError
-from splitft.rng import torch_stream
-from splitft.wire import Stream, StreamName
+from splitft.rng import stream_seed, torch_stream
+from splitft.wire import Stream, StreamName, open_streams
 
 PLACE = "up activations"
 
@@ -121,3 +121,43 @@ def test_the_noise_of_a_codec_is_found() -> None:
 def test_fields_that_mean_nothing_are_refused(fields: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match="noise: "):
         Noise(**fields)  # type: ignore[arg-type]
+
+
+def low_bits(name: StreamName) -> int:
+    """What PyTorch's generator makes of the seed of a stream's first packet."""
+    return stream_seed(name.seed, f"codec {name.place}", name.client, name.round, 0) & 0xFFFFFFFF
+
+
+def test_keys_that_a_generator_of_32_bits_cannot_tell_apart_give_different_noise() -> None:
+    """Else whoever tries out four thousand million seeds has the noise of every client, however long its key is."""
+    seen: dict[int, StreamName] = {}
+    for number in range(400_000):
+        name = StreamName(number, 0, 1, PLACE)
+        if (other := seen.setdefault(low_bits(name), name)) is not name:
+            break
+    else:
+        pytest.fail("no two names collide")
+    assert torch.equal(*(torch.randn(9, generator=Stream.open(Noise(), one).generator()) for one in (name, other)))
+    codec, rows = Noise(Identity(), clip=1.0), 1e-3 * rows_of(100, 8)
+    one, two = payload(codec, rows, name), payload(codec, rows, other)
+    assert one == payload(codec, rows, name)
+    assert one != two
+    apart = [torch.frombuffer(bytearray(data), dtype=torch.float32).reshape(100, 8).double() - rows for data in (one, two)]
+    assert abs(float(torch.nn.functional.cosine_similarity(apart[0].reshape(1, -1), apart[1].reshape(1, -1)))) < 4.5 / math.sqrt(800)
+
+
+@pytest.mark.parametrize("bit", [0, 31, 32, 63, 64, 200, 255])
+def test_every_bit_of_a_client_s_secret_counts(bit: int) -> None:
+    secret, rows = int.from_bytes(bytes(range(100, 132)), "big"), rows_of(3, 8)
+
+    def noisy(key: int) -> bytes:
+        up, *_ = open_streams([Noise(clip=1.0)] * 4, 1, 0, 1, secret=key)
+        return bytes(up.send(rows).payload)
+
+    assert noisy(secret) == noisy(secret)
+    assert noisy(secret ^ (1 << bit)) != noisy(secret)
+
+
+def test_noise_asks_for_a_key_and_takes_no_plain_generator() -> None:
+    with pytest.raises(AssertionError, match="a generator with a key"):
+        Noise().encode(rows_of(2, 4), Noise().init(), torch.Generator().manual_seed(1))

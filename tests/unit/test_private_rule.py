@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from splitft.aggregate.average import Average
-from splitft.aggregate.base import Aggregator, State, Updates
+from splitft.aggregate.base import LEFT, Aggregator, State, Updates
 from splitft.aggregate.coordinates import Coordinates
 from splitft.aggregate.fed_avgm import FedAvgM
 from splitft.aggregate.freeze_a import FreezeA
 from splitft.aggregate.krum import Krum
 from splitft.aggregate.median import Median
 from splitft.aggregate.norm_clip import NormClip
-from splitft.aggregate.private import CLIP, RENYI, SQUARE, Private
+from splitft.aggregate.private import CLIP, MERGES, RENYI, SQUARE, Private
 from splitft.aggregate.product import Product
 from splitft.aggregate.segments import Segments
 from splitft.aggregate.trimmed_mean import TrimmedMean
@@ -81,11 +81,17 @@ def test_one_client_moves_the_result_by_two_clips_over_n_at_most_whatever_it_sen
     assert moved(inner, *unclipped) > 1e3, "without the clip there is no bound"
 
 
-def test_tokens_give_no_weight_and_those_without_any_have_no_share() -> None:
+def test_tokens_give_no_weight_and_those_without_any_count_with_a_change_of_zero() -> None:
+    """Were they left out, the number of participants would say who had something to train on."""
     changes = 0.001 * drawn(4)
     even, uneven = (merged(PLAIN, given(FreezeA(), changes, tokens)) for tokens in ([1, 1, 1, 1], [1, 10**9, 7, 3]))
     assert torch.equal(even, uneven)
-    torch.testing.assert_close(merged(PLAIN, given(FreezeA(), changes, [1, 0, 2, 5])), merged(PLAIN, given(FreezeA(), changes[[0, 2, 3]])))
+    zeroed = torch.where(torch.arange(4)[:, None] == 1, torch.zeros_like(changes), changes)
+    left_out = merged(PLAIN, given(FreezeA(), changes, [1, 0, 2, 5]))
+    assert torch.equal(left_out, merged(PLAIN, given(FreezeA(), zeroed)))
+    assert not torch.allclose(left_out, merged(PLAIN, given(FreezeA(), changes[[0, 2, 3]])), atol=1e-6)
+    outcome = PLAIN.merge(BEFORE, given(FreezeA(), changes, [1, 0, 2, 5]), PLAIN.init(LAYOUT))
+    assert outcome.metrics["privacy_participants"] == 4
 
 
 @both
@@ -199,13 +205,13 @@ def test_the_clip_goes_to_the_quantile_of_the_norms(quantile: float) -> None:
 
 
 def test_epsilon_of_the_journal_is_the_accountant_s_and_grows_with_every_merge() -> None:
-    rule = Private(noise_multiplier=4.0, secret_seed=1, clients=1000, drawn_share=0.1)
+    rule = Private(noise_multiplier=4.0, clients=1000)
     state, told = rule.init(LAYOUT), []
     for merges in range(1, 7):
         outcome = rule.merge(BEFORE, given(FreezeA(), 0.01 * drawn(5)), state)
         state = outcome.state
         found = outcome.metrics["privacy_epsilon"]
-        assert found == pytest.approx(Spent().after(Mechanism(4.0, "replace", 0.1), merges).epsilon(1e-5), rel=1e-9)
+        assert found == pytest.approx(Spent().after(Mechanism(4.0), merges).epsilon(1e-5), rel=1e-9)
         assert claim_of(outcome.metrics) is not None
         told.append(found)
     assert told == sorted(set(told))
@@ -217,13 +223,34 @@ def test_nothing_is_told_of_single_values_and_no_epsilon_without_noise() -> None
     quiet = PLAIN.merge(BEFORE, given(FreezeA(), drawn(3)), PLAIN.init(LAYOUT)).metrics
     assert "privacy_epsilon" not in quiet
     assert claim_of(quiet) is None
-    rule = Private(secret_seed=1, rate=0.0)
+    rule = Private(rate=0.0)
     one, other = (rule.merge(BEFORE, given(FreezeA(), changes), rule.init(LAYOUT)).metrics for changes in (drawn(3), 100 * drawn(3, 1)))
     assert one == other, "the first merge's figures depend on no update"
 
 
+def test_no_epsilon_is_told_of_noise_from_a_seed_that_others_may_know() -> None:
+    told, quiet = (
+        rule.merge(BEFORE, given(FreezeA(), drawn(3)), rule.init(LAYOUT)).metrics for rule in (Private(), Private(secret_seed=1))
+    )
+    assert set(told) - set(quiet) == {f"privacy_{name}" for name in ("epsilon", "delta", "noise_multiplier", "merges", "replaced")}
+    assert claim_of(told) is not None
+    assert claim_of(quiet) is None
+    assert any("by whoever knows the seed" in line for line in Private(secret_seed=1).cautions)
+
+
+@pytest.mark.parametrize("left", [0, 1, 3])
+def test_releases_that_left_without_a_commit_are_counted_with_the_next_merge_and_change_no_noise(left: int) -> None:
+    rule, updates = Private(noise_multiplier=4.0, clients=1000), given(FreezeA(), 0.01 * drawn(5))
+    state = rule.init(LAYOUT)
+    plain, counted = (rule.merge(BEFORE, updates, {**state, LEFT: torch.tensor([count])}) for count in (0, left))
+    assert torch.equal(plain.adapters, counted.adapters)
+    assert counted.metrics["privacy_epsilon"] == pytest.approx(Spent().after(Mechanism(4.0), 1 + left).epsilon(1e-5))
+    assert counted.metrics["privacy_merges"] == int(counted.state[MERGES]) == 1 + left
+    assert int(counted.state[LEFT]) == 0
+
+
 def test_a_target_is_met_by_the_last_round_and_not_a_merge_more() -> None:
-    rule = Private(epsilon=6.0, rounds=4, clients=50, secret_seed=1).settled(50, 4)
+    rule = Private(epsilon=6.0, rounds=4, clients=50).settled(50, 4)
     state = rule.init(LAYOUT)
     for _ in range(4):
         outcome = rule.merge(BEFORE, given(FreezeA(), 0.01 * drawn(5)), state)
@@ -247,12 +274,6 @@ def test_a_budget_too_small_for_so_few_participants_is_refused_with_the_reason()
         Private(epsilon=1e-5).settled(8, 1000)
     with pytest.raises(ConfigError, match=r"rounds"):
         Private(epsilon=1.0).init(LAYOUT)
-
-
-def test_a_secret_draw_of_fewer_than_take_part_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"drawn_share is 0.1, and 0.2"):
-        Private(drawn_share=0.1).settled(50, 4, drawn_share=0.2)
-    assert Private(drawn_share=0.2).settled(50, 4, drawn_share=0.2).rounds == 4
 
 
 @pytest.mark.parametrize("inner", [Median(), Product(), Krum(), Private(), FedAvgM()], ids=repr)
@@ -283,7 +304,6 @@ def test_partial_uploads_are_refused() -> None:
         {"noise_multiplier": -1.0},
         {"delta": 1.0},
         {"unit": "token"},
-        {"drawn_share": 0.0},
         {"count_share": 1.0},
         {"rounds": -1},
     ],

@@ -272,6 +272,32 @@ def test_the_aggregation_section_is_there_when_it_has_something(tmp_path: Path) 
     assert "aggregation" not in page_of(Journal(), tmp_path / "b")
 
 
+PRIVATE = {"epsilon": 7.5, "delta": 1e-5, "clip": 0.2, "noise_multiplier": 3.8, "participants": 100.0, "merges": 1.0, "drawn_share": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("metrics", "says", "not_said"),
+    [
+        ({**PRIVATE, "replaced": 1.0, "noise_norm": 0.4}, "differential privacy, epsilon 7.5 at delta 1e-05", "Secure aggregation"),
+        ({"clip": 0.2, "participants": 100.0}, "no differential privacy is claimed", "epsilon"),
+        ({"sealed_clients": 3.0, "sealed_values": 0.25, "sealed_step": 1e-9}, "the sum of 3 clients", "differential privacy"),
+    ],
+)
+def test_what_is_hidden_is_said_in_a_sentence_and_constants_have_no_chart(
+    tmp_path: Path, metrics: dict[str, float], says: str, not_said: str
+) -> None:
+    named = {name if name.startswith("sealed") else f"privacy_{name}": value for name, value in metrics.items()}
+    events = Journal(rounds=2).events()
+    for event in events:
+        if event["event"] == "round":
+            event["metrics"] = named
+    page = render_page(load_record(write_events(tmp_path / "run", events)))
+    assert says in page
+    assert not_said not in page
+    for constant in ("Privacy delta", "Privacy merges", "Privacy drawn share", "Sealed step", "Sealed values"):
+        assert constant not in page
+
+
 def test_a_huge_table_is_cut_and_says_so() -> None:
     columns = tuple(f"c{index}" for index in range(300))
     page = numbers_html(columns, tuple(columns for _ in range(500)))

@@ -21,6 +21,9 @@ from splitft.types import Factors, Key
 
 # Named tensors, so that a checkpoint can hold them; empty for a rule without memory.
 State: TypeAlias = Mapping[str, Tensor]
+# How the tensor of a guarded rule's state is called that says how many releases of the merge to come may have left and were never
+# committed: they are counted with it.
+LEFT = "private.left"
 
 
 class Rows(Protocol):
@@ -103,7 +106,8 @@ class Aggregator(ABC):
     `unequal_ranks`: clients may train at different ranks. `folds`: the rule changes the frozen weights.
     `partial_uploads`: it understands `Updates.sent`. `resets`: every merge leaves fresh adapters that clients can make themselves.
     `linear`: of whole uploads it needs nothing but their `Updates.mean`, so rows may stay where they were trained.
-    `guarded`: what it promises holds for the clients' own updates only, so no rule that changes or compares updates may stand outside it.
+    `guarded`: what it promises holds for the clients' own updates only, so no rule that changes or compares updates may stand outside it;
+    and it has a budget, of which every release takes its part, whether its round is committed or not (LEFT in its state).
     """
 
     references: ClassVar[tuple[str, ...]] = ()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from splitft.aggregate.average import Average
-from splitft.aggregate.base import Aggregator, Merged, State, Updates, require_finite
+from splitft.aggregate.base import LEFT, Aggregator, Merged, State, Updates, require_finite
 from splitft.aggregate.coordinates import Coordinates
 from splitft.aggregate.freeze_a import FreezeA
 from splitft.aggregate.wrapper import Wrapper, chosen, require_count, require_number, starts_of
@@ -27,6 +27,7 @@ from splitft.rng import fresh_bytes
 KEY, MERGES, CLIP, MULTIPLIER, SQUARE, RENYI = (f"private.{name}" for name in ("key", "merges", "clip", "multiplier", "square", "renyi"))
 # Updates merged so far, and those of them that were no change at all: for the check after the run, never for the journal.
 UPDATES, STILL = "private.updates", "private.still"
+SEEDED = "the noise can be taken off by whoever knows the seed"
 # An update shorter than this share of the clip is no change: what is left where nothing was learned is rounding.
 STANDING = 1e-9
 
@@ -51,15 +52,15 @@ class Private(Wrapper):
 
     Over `freeze_a`, the recommended rule, lengths are those of the change of the product B A, and noise is spread evenly over it; over
     `average` both factors get noise, which their product amplifies. Weights are equal, whatever was trained: a weight by tokens would be
-    one more thing to hide, and one client's pull would have no bound. So one client moves the mean by 2 clip / n at most, in the space
-    where the noise is.
+    one more thing to hide, and one client's pull would have no bound; who trained nothing counts with a change of zero. So one client
+    moves the mean by 2 clip / n at most, in the space where the noise is.
 
     `noise_multiplier`: the noise on the sum of updates in clips; or `epsilon`: the target, from which it follows for all `rounds`. `delta`
-    0: clients^-1.1, at most 1e-5. `unit`: "replace" (one client's data become anything) or "absent" (its update counts as zero).
-    `drawn_share`: the share of clients drawn for a round if that draw is secret (a draw from the run's seed is not); 1 claims nothing from
-    it. `clip` adapts to the `quantile` of the norms at `rate` (0: stays), from a noisy count that takes `count_share` of the budget.
-    `most_noise`: refused if the noise on the mean is longer than so many clips. Noise comes from a key made fresh for each run and kept
-    with its state, so a resumed run draws nothing twice; `secret_seed` above 0 repeats it, for tests: who knows it can take it off.
+    0: clients^-1.1, at most 1e-5. `unit`: "replace" (one client's data become anything) or "absent" (its update counts as zero). Nothing is
+    claimed from drawing clients: the draw follows from the run's seed, which everyone is told. `clip` adapts to the `quantile` of the norms
+    at `rate` (0: stays), from a noisy count that takes `count_share` of the budget. `most_noise`: refused if the noise on the mean is
+    longer than so many clips. Noise comes from a key made fresh for each run and kept with its state, so a resumed run draws nothing twice;
+    `secret_seed` above 0 repeats it, for tests: who knows it can take the noise off, so such a run has no epsilon.
 
     The claim is about the global adapters, as clients and users see them; the server is trusted, it sees activations and updates.
     """
@@ -74,7 +75,6 @@ class Private(Wrapper):
     quantile: float = 0.5
     rate: float = 0.2
     count_share: float = 0.05
-    drawn_share: float = 1.0
     most_noise: float = 4.0
     clients: int = 0
     rounds: int = 0
@@ -101,7 +101,6 @@ class Private(Wrapper):
         for name in ("quantile", "count_share"):
             require_number(name, getattr(self, name), "a number above 0 and below 1", lambda value: 0 < value < 1, see)
         require_number("delta", self.delta, "a number from 0 to below 1", lambda value: 0 <= value < 1, see)
-        require_number("drawn_share", self.drawn_share, "a number above 0 up to 1", lambda value: 0 < value <= 1, see)
         for name in ("clients", "rounds", "secret_seed"):
             require_count(name, getattr(self, name), 0, see)
         if self.unit not in ("replace", "absent"):
@@ -119,18 +118,15 @@ class Private(Wrapper):
     @property
     def cautions(self) -> tuple[str, ...]:
         """What to tell the user before the run."""
-        if isinstance(self.rule, FreezeA):
-            return ()
-        return ('noise on both factors is amplified in their product: aggregator.rule = "freeze_a" is the recommended form.',)
+        found = []
+        if not isinstance(self.rule, FreezeA):
+            found.append('noise on both factors is amplified in their product: aggregator.rule = "freeze_a" is the recommended form.')
+        if self.secret_seed:
+            found.append(f"{SEEDED}: no epsilon is claimed; aggregator.secret_seed = 0 draws a fresh key.")
+        return tuple(found)
 
-    def settled(self, clients: int, rounds: int, drawn_share: float = 1.0) -> Private:
-        """The rule as a run of so many clients and rounds has it. Raises ConfigError when the budget cannot be met, or when more clients
-        are drawn for a round than `drawn_share` says."""
-        if self.drawn_share < 1 and drawn_share > self.drawn_share * (1 + 1e-9):
-            raise ConfigError(
-                f"aggregator.drawn_share is {self.drawn_share:g}, and {drawn_share:g} of the clients take part in a round.",
-                "lower clients.participation and clients.minimum, or raise aggregator.drawn_share.",
-            )
+    def settled(self, clients: int, rounds: int) -> Private:
+        """The rule as a run of so many clients and rounds has it. Raises ConfigError when the budget cannot be met."""
         made = replace(self, clients=clients, rounds=rounds)
         made.multiplier()
         return made
@@ -141,7 +137,7 @@ class Private(Wrapper):
             return self.noise_multiplier
         if self.rounds == 0:
             raise ConfigError("aggregator.epsilon is for a number of rounds, which is not known.", "set aggregator.rounds.")
-        return multiplier_for(self.epsilon, self.told_delta, self.rounds, self.unit, self.drawn_share)
+        return multiplier_for(self.epsilon, self.told_delta, self.rounds, self.unit)
 
     def forecast(self, layout: Layout, participants: int) -> Forecast:
         """What a run of `rounds` merges of so many participants will do."""
@@ -149,7 +145,7 @@ class Private(Wrapper):
         values = layout.parameters if trained is None else int(trained.sum())
         multiplier = self.multiplier()
         on_sum = sum_multiplier(multiplier, self.count_share) if self.adaptive else multiplier
-        spent = Spent().after(Mechanism(multiplier, self.unit, self.drawn_share), self.rounds) if multiplier else Spent()
+        spent = Spent().after(Mechanism(multiplier, self.unit), self.rounds) if multiplier else Spent()
         length = on_sum * values**0.5 / participants
         return Forecast(multiplier, length, spent.epsilon(self.told_delta), self.told_delta, self.rounds, participants, values)
 
@@ -177,6 +173,7 @@ class Private(Wrapper):
             RENYI: torch.zeros(len(ORDERS), dtype=torch.float64),
             UPDATES: torch.zeros(1, dtype=torch.int64),
             STILL: torch.zeros(1, dtype=torch.int64),
+            LEFT: torch.zeros(1, dtype=torch.int64),
         }
 
     def merge(self, before: Tensor, updates: Updates, state: State) -> Merged:
@@ -186,15 +183,18 @@ class Private(Wrapper):
             raise AdapterError("a private mean needs whole updates, and parts arrived.", "let clients upload their adapters whole.")
         given = _by_client(updates)
         count, clip, multiplier = len(given.clients), float(state[CLIP]), float(state[MULTIPLIER])
-        spent = self._spent(state, multiplier)
+        releases = 1 + int(state.get(LEFT, 0))
+        spent = self._spent(state, multiplier, releases)
         space = self._space(given.layout, before)
         starts = starts_of(self, before, given)
-        changes = (space.of(row.double() - start.double()) for row, start in zip(given.values, starts, strict=True))
+        heard = (given.weights() > 0).tolist()
+        trained = (row if some else start for row, start, some in zip(given.values, starts, heard, strict=True))
+        changes = (space.of(row.double() - start.double()) for row, start in zip(trained, starts, strict=True))
         total, within, still = _clipped_sum(changes, clip, given.layout.parameters)
         noise = torch.zeros(space.count + 1, dtype=torch.float64)
         on_sum, on_count = multiplier, 0.0
         if self.adaptive:
-            on_sum, on_count = sum_multiplier(multiplier, self.count_share), count_noise(multiplier, self.count_share)
+            on_sum, on_count = sum_multiplier(multiplier, self.count_share), count_noise(multiplier, self.count_share, self.unit)
         if multiplier > 0:
             values = digest(repr((given.clients, clip, within)).encode(), total.numpy().tobytes())
             made = secret_normals(bytes(state[KEY].tolist()), f"private mean {int(state[MERGES])}", values, space.count + 1)
@@ -205,27 +205,28 @@ class Private(Wrapper):
         share = (within + on_count * float(noise[0])) / count
         after = {
             **state,
-            MERGES: state[MERGES] + 1,
+            MERGES: state[MERGES] + releases,
             CLIP: torch.tensor([next_clip(clip, share, self.quantile, self.rate) if self.adaptive else clip], dtype=torch.float64),
             SQUARE: torch.tensor([spent.square], dtype=torch.float64),
             RENYI: torch.tensor(spent.renyi, dtype=torch.float64),
             UPDATES: state[UPDATES] + count,
             STILL: state[STILL] + still,
+            LEFT: torch.zeros(1, dtype=torch.int64),
         }
         std = on_sum * clip / count
         figures = {"clip": clip, "participants": count, "noise_std": std, "noise_norm": space.noise_norm(before, std)}
-        return Merged(adapters, after, metrics=self._figures(figures, spent, multiplier, int(state[MERGES]) + 1))
+        return Merged(adapters, after, metrics=self._figures(figures, spent, multiplier, int(after[MERGES])))
 
     def _space(self, layout: Layout, before: Tensor) -> Coordinates:
         trained = self.rule.trained(layout)
         return Coordinates.of_factors(layout) if trained is None else Coordinates.of_product(layout, before, trained)
 
-    def _spent(self, state: State, multiplier: float) -> Spent:
-        """The account with this merge in it, before anything is told."""
+    def _spent(self, state: State, multiplier: float, releases: int) -> Spent:
+        """The account with this merge in it, of so many releases, before anything is told."""
         before = Spent(float(state[SQUARE]), tuple(state[RENYI].tolist()))
         if multiplier == 0:
             return before
-        spent = before.after(Mechanism(multiplier, self.unit, self.drawn_share))
+        spent = before.after(Mechanism(multiplier, self.unit), releases)
         if self.epsilon and (found := spent.epsilon(self.told_delta)) > self.epsilon * (1 + 1e-6):
             raise AdapterError(
                 f"the privacy budget is spent: after {int(state[MERGES])} merges one more would make epsilon {found:.4g}, and "
@@ -235,24 +236,24 @@ class Private(Wrapper):
         return spent
 
     def _figures(self, figures: dict[str, float], spent: Spent, multiplier: float, merges: int) -> dict[str, float]:
-        """For the journal. Nothing in them depends on the clients' values but through noise; without noise there is no epsilon."""
-        if multiplier > 0:
+        """For the journal. Nothing in them depends on the clients' values but through noise; there is no epsilon without noise, nor with
+        noise from a seed that others may know."""
+        if multiplier > 0 and not self.secret_seed:
             figures |= {
                 "epsilon": spent.epsilon(self.told_delta),
                 "delta": self.told_delta,
                 "noise_multiplier": multiplier,
                 "merges": merges,
-                "drawn_share": self.drawn_share,
                 "replaced": self.unit == "replace",
             }
         return {f"privacy_{name}": float(value) for name, value in figures.items()}
 
 
 def _by_client(updates: Updates) -> Updates:
-    """Those who trained, by client: sums and noise must not depend on who arrives first. Raises AdapterError when nobody did."""
-    heard = updates.weights() > 0
-    rows = [row for row in range(len(updates.clients)) if bool(heard[row])]
-    return chosen(updates, sorted(rows, key=lambda row: updates.clients[row]))
+    """All who ended the round, by client: sums and noise must not depend on who arrives first, nor their number on who had something to
+    train on. Raises AdapterError when nobody had."""
+    updates.weights()
+    return chosen(updates, sorted(range(len(updates.clients)), key=lambda row: updates.clients[row]))
 
 
 def _clipped_sum(changes: Iterable[Tensor], clip: float, width: int) -> tuple[Tensor, int, int]:

@@ -5,7 +5,8 @@ The text attacked is the client's own and stays here: nothing of it is written, 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from splitft.apps.assemble import Assembly
     from splitft.audit.base import Audit, Case, Options
     from splitft.config import RunConfig
-    from splitft.data.base import TokenRows
+    from splitft.data.base import Document, TokenRows
     from splitft.engine.checkpoint import RunState
     from splitft.types import Plan
 
@@ -34,10 +35,14 @@ Arguments = Annotated[
 ]
 
 
+# Visits of a text that are attacked together, unless more are asked for: eight times the noise to draw for public text.
+MOST_VISITS = 8
+
+
 @dataclass(frozen=True)
 class Request:
     """What to audit. `client` -1 is the one with the shallowest cut; `steps` local steps it takes before; `public` a text file or folder in
-    place of the bundled text."""
+    place of the bundled text; `data` one in place of the client's own. `cut` 0 is where the run has the client's."""
 
     config: RunConfig
     run_dir: Path | None
@@ -45,16 +50,19 @@ class Request:
     steps: int
     sweep: bool
     public: Path | None
+    data: Path | None = None
+    cut: int = 0
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A case ready to be attacked, and what the record says it is."""
+    """A case ready to be attacked, and what the record says it is. The run sends each text of the client about `times_sent` times."""
 
     case: Case
     cuts: tuple[int, ...]
     facts: dict[str, Any]
     tokenizer: Any
+    times_sent: int = 1
 
 
 def audit(
@@ -69,20 +77,29 @@ def audit(
     public: Annotated[
         Path | None, typer.Option("--public", metavar="FILE", help="Text the attacker learns from.", show_default=False)
     ] = None,
+    data: Annotated[
+        Path | None, typer.Option("--data", metavar="FILE", help="Text to attack in place of the client's own.", show_default=False)
+    ] = None,
+    visits: Annotated[
+        int, typer.Option("--visits", metavar="N", help="How often a text came by, where noise is fresh; 0: as in the run, up to 8.")
+    ] = 0,
     to: Annotated[
         Path | None, typer.Option("--to", metavar="DIR", help="Where audit.json and audit.svg are written.", show_default=False)
     ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors.")] = False,
 ) -> None:
     """Measure what a server can read from what a run sends: recovered tokens by attackers that know the adapter, or only the base model."""
-    request = request_of(arguments, client, steps, sweep, public)
+    request = request_of(arguments, client, steps, sweep, public, data)
     console.prepare_process(request.config.engine.threads)
     with console.starting():
         from splitft.audit.base import Options
         from splitft.audit.run import audit as attack
 
+        if visits < 0:
+            raise ConfigError(f"--visits is {visits}.", "give 1 or more, or 0 for as many as in the run.")
         options = Options(sequences, tokens, seconds, seed=request.config.seed)
         prepared = prepare(request, options)
+        options = replace(options, visits=visits or min(MOST_VISITS, prepared.times_sent))
     made = attack(prepared.case, options, prepared.cuts)
     folder = to if to is not None else folder_of(request)
     from splitft.apps.audit_page import write_record
@@ -97,7 +114,7 @@ def audit(
         typer.echo(path)
 
 
-def request_of(arguments: list[str] | None, client: int, steps: int, sweep: bool, public: Path | None) -> Request:
+def request_of(arguments: list[str] | None, client: int, steps: int, sweep: bool, public: Path | None, data: Path | None = None) -> Request:
     """What the command line asks for. A run folder's own configuration counts, with overrides."""
     from splitft.apps.cli import split_arguments
     from splitft.config import load_config
@@ -108,7 +125,7 @@ def request_of(arguments: list[str] | None, client: int, steps: int, sweep: bool
         raise ConfigError(f"{run_dir} is not a run folder: it has no config.toml.", "name a folder such as runs/demo, or a TOML file.")
     if steps < 0:
         raise ConfigError(f"--steps is {steps}.", "give 0 or more.")
-    return Request(load_config(run_dir / "config.toml" if run_dir else path, overrides), run_dir, client, steps, sweep, public)
+    return Request(load_config(run_dir / "config.toml" if run_dir else path, overrides), run_dir, client, steps, sweep, public, data)
 
 
 def folder_of(request: Request) -> Path:
@@ -117,68 +134,126 @@ def folder_of(request: Request) -> Path:
     from splitft.config import load_config
 
     own, config = request.run_dir, request.config
-    if own is not None and not request.steps and config_digest(config) == config_digest(load_config(own / "config.toml")):
+    if (
+        own is not None
+        and not request.steps
+        and request.data is None
+        and config_digest(config) == config_digest(load_config(own / "config.toml"))
+    ):
         return own
     return Path(config.run.folder) / f"{config.name}-audit"
 
 
 def prepare(request: Request, options: Options) -> Prepared:
     """Model, codecs, adapter, the client's rows and public text, all as the run has them."""
-    from splitft.apps.assemble import assemble
-    from splitft.apps.audit_page import config_digest
     from splitft.audit.base import Case
     from splitft.audit.public import notable_tokens, public_text
-    from splitft.clock import utc_now
-    from splitft.config import override
     from splitft.data.text import TextFiles
 
-    # Nothing here trains in several processes, and the numbers are the same. What rows are lengthened by is no text to be recovered.
-    built = assemble(override(request.config, ["engine.name=cohort", "engine.store=memory", "tokens.bucket_tokens=0"]))
-    state = _state(request, built)
+    state = _state(request)
+    built = _assembled(request, state)
+    federation, vocabulary, tokenizer = built.federation, built.shape.vocabulary, built.base.tokenizer
     plan = _plan(request, built, state)
     now, earlier = _adapters(request, built, state, plan)
-    ids, trained = private_rows(built.federation.clients[plan.client].train, options)
-    vocabulary, tokenizer = built.shape.vocabulary, built.base.tokenizer
+    rows, documents = _own_text(request, built, plan)
+    ids, trained = private_rows(rows, options)
     source = None if request.public is None else TextFiles(path=str(request.public))
-    text = public_text(tokenizer, built.components.source.documents(), ids.shape[1], vocabulary, source)
-    notable = notable_tokens(tokenizer, vocabulary)
     case = Case(
-        built.federation.split,
-        built.federation.layout,
-        built.federation.settings,
+        federation.split,
+        federation.layout,
+        federation.settings,
         plan,
         now,
         earlier,
         ids,
         trained,
-        text,
-        notable,
+        public_text(tokenizer, documents, ids.shape[1], vocabulary, source),
+        notable_tokens(tokenizer, vocabulary),
         vocabulary,
-        built.federation.start if built.federation.layout.matrices else None,
+        federation.start if federation.layout.matrices else None,
     )
-    deepest = built.federation.split.blocks - (plan.tail_blocks if plan.exit_on_client else 0)
+    deepest = federation.split.blocks - (plan.tail_blocks if plan.exit_on_client else 0)
     cuts = tuple(sorted({*range(1, deepest), plan.cut})) if request.sweep else (plan.cut,)
-    layout = built.federation.layout
-    if layout.matrices:  # nothing would cross at the other cuts
-        pairs = {one.boundary for one in layout.matrices if one.place == "cut"}
+    if federation.layout.matrices:  # nothing would cross at the other cuts
+        pairs = {one.boundary for one in federation.layout.matrices if one.place == "cut"}
         cuts = tuple(cut for cut in cuts if cut in pairs)
-    facts = {
-        "config": config_digest(request.config),
+    times = times_sent(request.config, None if state is None else state.round, len(rows))
+    return Prepared(case, cuts, _facts(request, built, state, plan, times), tokenizer, times)
+
+
+def _facts(request: Request, built: Assembly, state: RunState | None, plan: Plan, times: int) -> dict[str, Any]:
+    """What the record says was audited."""
+    from splitft.apps.audit_page import config_digest
+    from splitft.clock import utc_now
+
+    config = request.config
+    return {
+        "config": config_digest(config),
         "round": 0 if state is None else state.round,
         "utc": utc_now(),
         "client": plan.client,
         "cut": plan.cut,
         "local_steps": request.steps,
-        "model": request.config.model.path,
+        "model": config.model.path,
         "dtype": str(built.base.dtype).removeprefix("torch."),
-        "uplink": request.config.uplink.model_dump(),
-        **({"bottleneck": request.config.bottleneck.model_dump(mode="json")} if layout.matrices else {}),
-        "labels": request.config.split.labels,
+        "uplink": config.uplink.model_dump(),
+        **({"bottleneck": config.bottleneck.model_dump(mode="json")} if built.federation.layout.matrices else {}),
+        **({} if request.data is None else {"data": request.data.name}),
+        "labels": config.split.labels,
         "tail_blocks": plan.tail_blocks,
-        "seed": request.config.seed,
+        "seed": config.seed,
         "adapter": _adapter_words(state, request.steps),
+        "times_sent": times,
     }
-    return Prepared(case, cuts, facts, tokenizer)
+
+
+def times_sent(config: RunConfig, rounds: int | None, rows: int) -> int:
+    """How often a client with so many rows has sent a text after so many rounds (None: all that are planned), one at least; rounded up,
+    since of some texts it is one more than of others."""
+    steps = (config.rounds if rounds is None else rounds) * config.train.local_steps
+    return max(1, math.ceil(steps * config.train.batch_size * config.train.gradient_accumulation / max(1, rows)))
+
+
+def _assembled(request: Request, state: RunState | None) -> Assembly:
+    """The run's parts; of a federation's run what its server has, which is no text. Raises ConfigError where that is not enough."""
+    from splitft.apps.assemble import assemble
+    from splitft.apps.server_setup import ENGINE, assemble_server
+    from splitft.config import override
+    from splitft.engine.closing import restore_weights
+
+    if state is not None and state.identity.get("engine") == ENGINE:
+        if request.data is None:
+            raise ConfigError(
+                f"{request.run_dir} is the run of a federation's server: it has no client's text to attack.",
+                "name a text to attack with --data FILE; or audit the same configuration as a simulation where the text is.",
+            )
+        if request.steps:
+            raise ConfigError("--steps needs the clients' own text, which a federation's server does not have.", "leave out --steps.")
+        built = assemble_server(override(request.config, ["tokens.bucket_tokens=0"]))
+    else:
+        # Nothing here trains in several processes, and the numbers are the same. What rows are lengthened by is no text to be recovered.
+        built = assemble(override(request.config, ["engine.name=cohort", "engine.store=memory", "tokens.bucket_tokens=0"]))
+    if state is not None:
+        if state.adapters.shape[0] != built.federation.layout.parameters:
+            raise ConfigError(
+                f"{request.run_dir} has {state.adapters.shape[0]} adapter parameters, not {built.federation.layout.parameters}.",
+                "leave out overrides of model and lora.",
+            )
+        restore_weights(built.federation, state.folded)
+    return built
+
+
+def _own_text(request: Request, built: Assembly, plan: Plan) -> tuple[TokenRows, list[Document]]:
+    """The rows to attack and the documents that are not public: the client's, or of the file named in its place."""
+    from splitft.apps.server_setup import source_of
+    from splitft.data.federate import public_rows
+
+    if request.data is None:
+        return built.federation.clients[plan.client].train, list(built.components.source.documents())
+    documents = list(source_of(request.data, {}).documents())
+    if not documents:
+        raise DataError(f"{request.data} has no text.", "name another file.")
+    return public_rows(documents, built.base.tokenizer, "blocks", request.config.tokens.block_tokens), documents
 
 
 def _adapter_words(state: RunState | None, steps: int) -> str:
@@ -187,21 +262,11 @@ def _adapter_words(state: RunState | None, steps: int) -> str:
     return f"{which}, after {steps} local steps" if steps else which
 
 
-def _state(request: Request, built: Assembly) -> RunState | None:
-    """The run's newest checkpoint, its folded weights put into the model."""
+def _state(request: Request) -> RunState | None:
+    """The run's newest checkpoint."""
     from splitft.engine import checkpoint
-    from splitft.engine.closing import restore_weights
 
-    if request.run_dir is None:
-        return None
-    state = checkpoint.load(checkpoint.newest(request.run_dir))
-    if state.adapters.shape[0] != built.federation.layout.parameters:
-        raise ConfigError(
-            f"{request.run_dir} has {state.adapters.shape[0]} adapter parameters, not {built.federation.layout.parameters}.",
-            "leave out overrides of model and lora.",
-        )
-    restore_weights(built.federation, state.folded)
-    return state
+    return None if request.run_dir is None else checkpoint.load(checkpoint.newest(request.run_dir))
 
 
 def _plan(request: Request, built: Assembly, state: RunState | None) -> Plan:
@@ -215,7 +280,7 @@ def _plan(request: Request, built: Assembly, state: RunState | None) -> Plan:
     policy = begun if state is None else state.policy
     cuts: Any = policy["cuts"]
     client = request.client if request.client >= 0 else min(range(clients), key=lambda one: cuts[one])
-    plan = Plan(client, int(cuts[client]), max(1, request.steps), rules.rank, rules.exit_on_client, rules.tail_blocks)
+    plan = Plan(client, request.cut or int(cuts[client]), max(1, request.steps), rules.rank, rules.exit_on_client, rules.tail_blocks)
     if plan.is_whole(built.federation.split.blocks):
         raise ConfigError(f"client {client} holds the whole model: nothing crosses a cut.", "there is nothing to audit.")
     return plan
@@ -273,7 +338,9 @@ def show(made: Audit, prepared: Prepared, show_text: bool) -> None:
     screen = Console(highlight=False)
     screen.print(audit_table(made))
     facts = prepared.facts
-    what = f"Client {facts['client']}, cut {facts['cut']}, {facts['adapter']}; model {facts['model']}, {facts['dtype']}."
+    whose = f"The text of {clean(facts['data'])} as that of client" if "data" in facts else "Client"
+    sent = "" if made.visits == prepared.times_sent else f" The run sends a text of the client up to {prepared.times_sent} times."
+    what = f"{whose} {facts['client']}, cut {facts['cut']}, {facts['adapter']}; model {facts['model']}, {facts['dtype']}.{sent}"
     for line in (what, *summary_lines(made)):
         screen.print(Text(line))
     if not show_text:

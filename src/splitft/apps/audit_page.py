@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 RECORD_NAME, PLOT_NAME = "audit.json", "audit.svg"
 FORMAT = 1
 STRETCH_TOKENS = 8
+NOT_REACHED = "not reached in the time given"
 NONE_MADE = "No leakage audit was made for this run: a cut reduces what is sent, it does not hide the text."
 SHORT: Mapping[str, str] = {"K": "K adapter known", "B": "B base only", "L": "L labels", "L base": "L labels, base only"}
 COLOURS: Mapping[str, str] = {"K": "c0", "B": "c1", "L": "c2", "L base": "c3"}
@@ -43,6 +44,7 @@ def record_of(audit: Audit, facts: Mapping[str, Any]) -> dict[str, Any]:
         **facts,
         "sequences": audit.sequences,
         "tokens": audit.tokens,
+        "visits": audit.visits,
         "labels_sent": audit.labels_sent,
         "label_leak": 1.0 if audit.labels_sent else None,
         "verdict": asdict(audit.verdict),
@@ -76,23 +78,36 @@ def write_record(folder: Path, audit: Audit, facts: Mapping[str, Any]) -> Path:
 
 
 def leakage_line(run_dir: Path, last_round: int) -> str:
-    """What a run's report says of leaks: the audit's verdict if there is one of this configuration and round, else that none was made."""
+    """What a run's report says of leaks: the audit's verdict if there is one of this configuration and round, else that none was made.
+
+    The newest audit is the one that counts, however little it tried: so the line says on how much text, for how long and over how many
+    visits it was made, and what it has to say of itself.
+    """
     try:
         record = json.loads((run_dir / RECORD_NAME).read_text(encoding="utf-8"))
         same = record["format"] == FORMAT and record["round"] == last_round
         if not same or record["config"] != config_digest(load_config(run_dir / "config.toml")):
             return NONE_MADE
-        best = {
-            attacker: max(one["figures"]["accuracy"] for cut in record["cuts"] for one in cut["findings"] if one["attacker"] == attacker)
-            for attacker in dict.fromkeys(one["attacker"] for cut in record["cuts"] for one in cut["findings"])
-        }
-        shares = ", ".join(f"{attacker} {float(share):.3f}" for attacker, share in best.items())
+        findings = [one for cut in record["cuts"] for one in cut["findings"]]
+        shares = ", ".join(
+            f"{attacker} {_best_share([one for one in findings if one['attacker'] == attacker])}"
+            for attacker in dict.fromkeys(one["attacker"] for one in findings)
+        )
         sample = f"{int(record['sequences'])} sequences of {int(record['tokens'])} tokens of client {int(record['client'])}"
+        visits, spent = int(record.get("visits", 1)), seconds_text(float(record["seconds"]))
+        made = f"in {spent}, over {visits} visit{'s' if visits > 1 else ''} of the text"
+        notes = "".join(f" Note: {note}." for note in map(str, record["notes"]))
         cuts = " to ".join(str(int(cut)) for cut in dict.fromkeys((record["cuts"][0]["cut"], record["cuts"][-1]["cut"])))
         text = str(record["verdict"]["text"])
     except (OSError, ValueError, KeyError, TypeError, IndexError, SplitftError):
         return NONE_MADE
-    return f"Leakage audit after round {last_round}, cut {cuts}: {text}. Share of tokens recovered: {shares}, from {sample}."
+    return f"Leakage audit after round {last_round}, cut {cuts}: {text}. Share of tokens recovered: {shares}, from {sample}, {made}.{notes}"
+
+
+def _best_share(findings: Sequence[Mapping[str, Any]]) -> str:
+    """An attacker's best figure of its findings as a record has them; where it reached no token there is none."""
+    reached = [float(one["figures"]["accuracy"]) for one in findings if int(one["figures"]["tokens"]) > 0]
+    return f"{max(reached):.3f}" if reached else NOT_REACHED
 
 
 def audit_table(audit: Audit) -> Table:
@@ -100,7 +115,7 @@ def audit_table(audit: Audit) -> Table:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    later = any(one.visit != "first" for made in audit.cuts for one in made.findings)
+    later = len({one.visit for made in audit.cuts for one in made.findings}) > 1
     table = Table(
         title="Tokens recovered from what crosses the cut",
         title_justify="left",
@@ -120,14 +135,17 @@ def audit_table(audit: Audit) -> Table:
 
 def _cells(one: Finding, later: bool) -> list[str]:
     figures = one.figures
-    return [
-        str(one.cut),
-        SHORT[one.attacker],
-        *((one.visit,) if later else ()),
+    reached = (
         f"{figures.accuracy:.3f}",
         f"{figures.low:.2f}\N{EN DASH}{figures.high:.2f}",
         percent_text(figures.exact),
         f"{figures.rouge_l:.3f}",
+    )
+    return [
+        str(one.cut),
+        SHORT[one.attacker],
+        *((one.visit.removeprefix("mean "),) if later else ()),
+        *(reached if figures.tokens else (MISSING,) * len(reached)),
         MISSING if figures.rare_recall is None else f"{figures.rare_recall:.3f}",
         percent_text(one.unresolved),
         seconds_text(one.seconds),

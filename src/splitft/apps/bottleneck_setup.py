@@ -51,7 +51,7 @@ def with_bottleneck(config: RunConfig, layout: Layout, split: SplitModel) -> Lay
     if section.channels > width:
         raise ConfigError(
             f"bottleneck.channels is {section.channels}; {config.model.path!r} has states of {width} channels.",
-            f"set it to less than {width}: a quarter is a beginning.",
+            f"set it to {width} or less: a quarter is a beginning.",
         )
     end = blocks - config.split.tail_blocks
     cuts = cuts_of(config, blocks)

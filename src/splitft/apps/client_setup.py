@@ -18,7 +18,7 @@ from splitft.apps.capacity import SHARE, available_bytes
 from splitft.apps.executors import in_slots
 from splitft.apps.server_setup import SHARED_SECTIONS
 from splitft.compress.noise import noise_in
-from splitft.config import RunConfig, parse_config
+from splitft.config import Component, RunConfig, parse_config
 from splitft.data.base import ClientData, Source
 from splitft.data.federate import own_share
 from splitft.data.order import BatchOrder
@@ -37,7 +37,7 @@ from splitft.deploy.policy import (
     check_score,
     check_welcome,
 )
-from splitft.deploy.sealing import Insider
+from splitft.deploy.sealing import Insider, Returned
 from splitft.engine.settings import Federation
 from splitft.errors import ConfigError, IdentityError, PolicyError, ProtocolError
 from splitft.lora import Layout
@@ -57,7 +57,7 @@ ADAPTER_LIMIT_BYTES = 4 << 30
 MB = 1_000_000
 # Beside the adapter: the memory that was measured at the first start; remove it to have it measured again.
 MEMORY_FILE = "memory_bytes"
-NOISE_KEY_FILE, NOISE_KEY_BYTES = "noise.key", 32
+NOISE_KEY_FILE, DATA_KEY_FILE, KEY_BYTES = "noise.key", "data.key", 32
 
 
 @dataclass
@@ -81,6 +81,7 @@ class ClientWorkshop:
     _held: tuple[frozenset[int], bool] = (frozenset(), False)
     _ready: Ready | None = None
     _known: dict[str, Any] = field(default_factory=dict)
+    _returned: Returned | None = None
 
     def settle(self, welcome: Welcome, fetch: FetchBytes) -> Ready:
         """Everything that can be done before the first round. Raises PolicyError, ConfigError, DataError, ModelError, ResourceError."""
@@ -104,9 +105,9 @@ class ClientWorkshop:
             raise ProtocolError(f"seat {welcome.seat} of a model with {blocks} blocks.", "talk to the server's operator.")
         self.attention = suited(causal_class(self.base), self.base) if self._on_cpu_sdpa() else str(config.model.attention)
         self.anatomy = inspect_family(self.base, str(self.folder), self.attention, config.model.self_check)
-        self.components = build_components(config)
+        self.components = build_components(_with_one_cut(config) if config.secure_aggregation.enabled else config)
         self.settings = train_settings(config, self.components)
-        if any(noise_in(codec) is not None for codec in self.settings.codecs):
+        if any(noise_in(codec) is not None for codec in (*self.settings.codecs, self.settings.adapter_uplink)):
             # Drawn from the run's seed, which the server knows, it could be taken off again.
             self.settings = replace(self.settings, secret=int.from_bytes(self._noise_key(), "big"))
         up, _, _, exit_up = self.settings.codecs
@@ -136,7 +137,7 @@ class ClientWorkshop:
             tokens=self.data.train.tokens,
             documents=self.data.documents,
             held_out_rows=len(self.data.held_out),
-            data=digest,
+            data=hashlib.blake2b(bytes.fromhex(digest), key=self._data_key(), digest_size=32).hexdigest(),
             memory_bytes=self._memory_bytes(),
             device=self.device.type,
         )
@@ -147,10 +148,22 @@ class ClientWorkshop:
 
     def _noise_key(self) -> bytes:
         """This client's own key for noise; kept, so that a round that is done again sends the same noise and not another sample of it."""
-        path = self.adapter_folder.with_name(NOISE_KEY_FILE)
+        return self._own_key(NOISE_KEY_FILE, "the key of this client's noise")
+
+    def _data_key(self) -> bytes:
+        """This client's own key for the digest of its text: of the text alone it would confirm a guess of all of it, and show who has the
+        same. Kept, so that the server can tell a text that has changed; without it the same text counts as another."""
+        return self._own_key(DATA_KEY_FILE, "the key of this client's digest of its text")
+
+    def _own_key(self, name: str, what: str) -> bytes:
+        """A secret in a file beside the adapter, drawn at its first use."""
+        path = self.adapter_folder.with_name(name)
         if not path.is_file():
-            write_private(path, fresh_bytes(NOISE_KEY_BYTES))
-        return read_private(path, NOISE_KEY_BYTES, "the key of this client's noise")
+            write_private(path, fresh_bytes(KEY_BYTES))
+        key = read_private(path, KEY_BYTES, what)
+        if len(key) != KEY_BYTES:
+            raise IdentityError(f"{what} at {path} has {len(key)} bytes; it needs {KEY_BYTES}.", "Remove it: a new one is made.")
+        return key
 
     def _memory_bytes(self) -> int:
         """What is offered to the server. Measured once and kept, so that a client that is started again is given the same plans."""
@@ -225,6 +238,7 @@ class ClientWorkshop:
         check_round(self.policy, start)
         split, train = self.config.split, self.config.train
         wrong = {
+            "rounds": not 1 <= start.round <= self.config.rounds,
             "labels": start.exit_on_client != (split.labels == "client"),
             "tail_blocks": start.tail_blocks != split.tail_blocks,
             "rank": start.rank > max(entry.rank for entry in self.layout.entries),
@@ -256,8 +270,10 @@ class ClientWorkshop:
             raise ProtocolError(f"measurement {start.round} differs from what the server announced.", "ask its operator.")
 
     def insider(self, seat: int) -> Insider | None:
-        """This client's standing in secure aggregation; None where the run has none. Raises IdentityError without a certificate."""
-        if not self.config.secure_aggregation.enabled:
+        """This client's standing in secure aggregation, anew for every round; None where the run has none. Raises IdentityError without a
+        certificate."""
+        self._returned = Returned() if self.config.secure_aggregation.enabled else None
+        if self._returned is None:
             return None
         if self.tls is None:
             raise IdentityError("secure aggregation needs certificates, and this client has none.", "enrol: splitft enroll join")
@@ -266,10 +282,13 @@ class ClientWorkshop:
         section, policy = self.config.secure_aggregation, self.policy
         threshold, owners = max(announced_share(section), policy.least_threshold), max(section.minimum, policy.least_owners)
         key = read_key(self.tls.key_pem, "the private key")
-        return Insider(seat, certificate, key, authority, frozenset(policy.peers), threshold, owners)
+        return Insider(seat, certificate, key, authority, frozenset(policy.peers), threshold, owners, self._returned)
 
     def check_gradient(self, gradient: Tensor) -> None:
+        """Hold a returned gradient against the policy; under secure aggregation also remember whether it was zero."""
         check_gradient(self.policy, gradient)
+        if self._returned is not None:
+            self._returned.note(gradient)
 
     def check_adapters(self, vector: Tensor) -> None:
         check_adapters(self.policy, vector)
@@ -315,6 +334,12 @@ def read_config(text: str) -> RunConfig:
         return parse_config(values)
     except ConfigError as problem:
         raise ConfigError("The server's configuration cannot be followed by this version.", problem.remedy, problem.problems) from problem
+
+
+def _with_one_cut(config: RunConfig) -> RunConfig:
+    """Clients are not told the policy's cuts. What secure aggregation does not go with among them the server has checked, and what a
+    client minds it looks at in every round: how many own a column (deploy/sealing.py), moments asked for (deploy/member.py)."""
+    return config.model_copy(update={"policy": Component(name="fixed", fields={"cuts": [max(1, config.split.minimum_cut)]})})
 
 
 def _same(one: Welcome, other: Welcome) -> bool:

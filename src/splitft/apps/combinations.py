@@ -111,8 +111,6 @@ def _of_privacy(config: RunConfig, built: Components) -> Iterator[str]:
     }
     for text in (text for text, is_set in wanted.items() if is_set):
         yield f'aggregator "private" counts each client once in every round, clipped and with noise, which {text} does not keep to'
-    if found.drawn_share < 1 and config.clients.availability < 1:
-        yield "aggregator.drawn_share below 1 needs clients that are drawn, not clients that happen to be there: clients.availability = 1.0"
 
 
 def _of_merging(config: RunConfig, built: Components) -> Iterator[str]:

@@ -94,6 +94,8 @@ class Display:
             self.progress.update(
                 self.task, description=f"round {self.round + 1}/{self.rounds}: {name}" if facts["name"] in STAGES else name
             )
+        elif event == "told":
+            self.say(facts["text"])
         elif event == "step":
             self._step(facts["count"])
         elif event == "round":

@@ -1,6 +1,8 @@
-"""`split.max_leak`: no cut at which the audit's strongest informed attacker recovers more of a client's text than this."""
+"""`split.max_leak`: no cut at which the audit's informed attackers may recover more of a client's text or labels than this."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from splitft.config import RunConfig, override
 from splitft.errors import ConfigError
@@ -10,33 +12,71 @@ SEQUENCES, TOKENS, SECONDS = 2, 48, 30.0
 
 
 def bounded(config: RunConfig) -> tuple[RunConfig, str]:
-    """The configuration with `split.minimum_cut` raised so far that every cut a policy may choose keeps to `split.max_leak`, and a sentence
-    on what was found. Raises ConfigError where no cut does.
+    """The configuration with bounds between which every cut a policy may choose keeps to `split.max_leak`, and a sentence on what was
+    found. Raises ConfigError where no cut does, or a cut that is named does not, and where labels are sent, which are the text.
 
-    The attacker knows the adapter (K of docs/privacy.md), works through the run's own codecs, on the text of the client with the shallowest
-    cut.
+    The attackers are K, over as many visits of a text as are planned, and L of docs/privacy.md, through the run's own codecs, on the text
+    of the client with the shallowest cut. What is compared is the upper end of the figure's 95 % interval.
     """
-    if config.split.max_leak >= 1.0:
+    limit = config.split.max_leak
+    if limit >= 1.0:
         return config, ""
-    from splitft.apps.audit_command import Request, prepare
+    if config.split.labels == "server":
+        raise ConfigError(
+            f'split.max_leak = {limit:g} with split.labels = "server": labels are the text, one token on, and are sent in clear.',
+            'set split.labels = "client", or leave out split.max_leak.',
+        )
+    from dataclasses import replace
+
+    from splitft.apps.audit_command import MOST_VISITS, Request, prepare
     from splitft.audit.base import Options
-    from splitft.audit.run import leak_by_cut
+    from splitft.audit.run import worst_by_cut
 
     options = Options(SEQUENCES, TOKENS, SECONDS, seed=config.seed)
     free = override(config, ["split.max_leak=1.0"])
-    prepared = prepare(Request(free, None, -1, 0, True, None), options)
-    least = config.split.minimum_cut
-    most = config.split.maximum_cut or max(prepared.cuts)
-    leaks = leak_by_cut(prepared.case, tuple(cut for cut in prepared.cuts if least <= cut <= most), options)
-    told = ", ".join(f"cut {cut}: {leak:.2f}" for cut, leak in sorted(leaks.items()))
-    allowed = least
-    for cut, leak in sorted(leaks.items()):
-        if leak > config.split.max_leak:
-            allowed = cut + 1
-    if allowed not in leaks:
+    # A policy may begin with whole models on clients, where nothing crosses, and not stay there.
+    prepared = prepare(Request(free, None, -1, 0, True, None, cut=config.split.minimum_cut), options)
+    options = replace(options, visits=min(MOST_VISITS, prepared.times_sent))
+    wanted = _cuts(config, prepared.cuts)
+    worst = worst_by_cut(prepared.case, wanted, options)
+    told = ", ".join(
+        f"cut {cut}: {one.figures.accuracy:.3f} by {one.attacker}, at most {one.figures.high:.3f}" for cut, one in sorted(worst.items())
+    )
+    good = [cut for cut, one in sorted(worst.items()) if one.figures.high <= limit]
+    if not good or (_fixed(config) and len(good) < len(wanted)):
+        labels = [one for one in worst.values() if one.attacker.startswith("L") and one.figures.high > limit]
+        reason = " Labels come out of the gradients that a U-shape returns, whatever the cut." if labels else ""
         raise ConfigError(
-            f"no cut keeps to split.max_leak = {config.split.max_leak:g}: recovered was {told}.",
-            "depth hides little; put noise over a projection on the uplink (docs/privacy.md), or raise the limit.",
+            f"no cut keeps to split.max_leak = {limit:g}: recovered was {told}.{reason}",
+            "depth hides little; put noise over a projection on uplink, and noise on exit_uplink for labels (docs/privacy.md), "
+            "or raise the limit.",
         )
-    text = f"split.max_leak = {config.split.max_leak:g}: recovered was {told}; no cut below {allowed} is taken."
-    return override(config, [f"split.minimum_cut={allowed}"]), text
+    text = f"split.max_leak = {limit:g}: recovered was {told} (95 % interval)"
+    if _fixed(config):
+        return config, f"{text}."
+    first, last = _longest(good)
+    return override(config, [f"split.minimum_cut={first}", f"split.maximum_cut={last}"]), f"{text}; cuts {first} to {last} are taken."
+
+
+def _fixed(config: RunConfig) -> list[int]:
+    """The cuts that the configuration itself names."""
+    return sorted(set(config.policy.fields.get("cuts") or [])) if config.policy.name == "fixed" else []
+
+
+def _cuts(config: RunConfig, there: Sequence[int]) -> tuple[int, ...]:
+    """The cuts that may be chosen, of those `there`."""
+    least, most = config.split.minimum_cut, config.split.maximum_cut or max(there)
+    named = _fixed(config) or range(least, most + 1)
+    return tuple(cut for cut in named if cut in there)
+
+
+def _longest(cuts: Sequence[int]) -> tuple[int, int]:
+    """First and last of the longest row of neighbours among some cuts; of two, the deeper: a policy knows bounds, not gaps."""
+    rows: list[list[int]] = []
+    for cut in cuts:
+        if rows and rows[-1][-1] == cut - 1:
+            rows[-1].append(cut)
+        else:
+            rows.append([cut])
+    best = max(rows, key=lambda row: (len(row), row[-1]))
+    return best[0], best[-1]

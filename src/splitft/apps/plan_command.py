@@ -19,6 +19,7 @@ from splitft.apps.costs import cost_model
 from splitft.apps.plan import mark_configured, plan_table, render_plan
 from splitft.apps.plan_codecs import plan_codecs, render_codecs, shapes_of, streams_of
 from splitft.apps.plan_fleet import TABLES_SHOWN, Manner, fleet_plan, render_fleet
+from splitft.apps.privacy_setup import settle, told_before
 from splitft.config import RunConfig
 from splitft.lora import Layout
 from splitft.models.anatomy import describe, select_targets
@@ -73,6 +74,14 @@ def show_codecs(config: RunConfig, components: Components, costs: CostModel, cut
     render_codecs(plan_codecs(streams), Console())
 
 
+def show_noise(config: RunConfig, components: Components, layout: Layout, hidden_size: int) -> None:
+    """Print what noise the run would have. Raises ConfigError for a privacy budget that cannot be met, as the run would."""
+    clients = config.clients.count
+    settled = settle(config, components, layout, clients) if clients else components
+    for text in told_before(config, settled, layout, clients, hidden_size):
+        Console().print(Text(text), soft_wrap=True)
+
+
 def show_plan(config: RunConfig) -> None:
     """Print a table for each device profile of the configuration. The model is built without weights and no data is read.
 
@@ -103,6 +112,7 @@ def show_plan(config: RunConfig) -> None:
         shown = fleet_plan(costs, profiles, cuts, [steps[client] for client in range(len(profiles))], manner)
         render_fleet(shown, console, title)
         show_codecs(config, components, costs, cuts, base.dtype)
+        show_noise(config, components, layout, shape.hidden_size)
         return
     reason = "set by policy.cuts" if config.policy.fields.get("cuts") else f"where policy {config.policy.name} starts"
     for profile in dict.fromkeys(profiles):
@@ -113,3 +123,4 @@ def show_plan(config: RunConfig) -> None:
     console.print(Text(note, style="dim"))
     cuts = undealt_cuts(config, len(profiles)) or starting_cuts(components.policy, shape, profiles, costs)
     show_codecs(config, components, costs, cuts, base.dtype)
+    show_noise(config, components, layout, shape.hidden_size)

@@ -70,13 +70,44 @@ PANELS = (
         "An update that began before other merges counts for less.",
         (("mean", _missed(lambda found: sum(found) / len(found))), ("most", _missed(max))),
     ),
+    Panel(
+        "privacy",
+        "Privacy spent",
+        "epsilon so far",
+        "What all merges up to a round have spent together; less is more private. The sentence at the top of the page says of what.",
+        (("epsilon", metric("privacy_epsilon")),),
+    ),
+    Panel(
+        "noise",
+        "Clip and noise of private merges",
+        "length of an update",
+        "Updates are shortened to the clip; noise of that length is added to their mean.",
+        (("clip", metric("privacy_clip")), ("noise on the mean", metric("privacy_noise_norm"))),
+    ),
+    Panel(
+        "sealed",
+        "Updates in a sum behind masks",
+        "clients",
+        "How many clients' own adapters the server got as one sum.",
+        (("clients", metric("sealed_clients")),),
+    ),
 )
-_TOLD = {"discarded_energy", "drift_variance", "drift_threshold", "rounds_since_aggregation"}
+# Shown in these panels, or the same in every round and said in a sentence at the top of the page.
+_TOLD = {
+    "discarded_energy",
+    "drift_variance",
+    "drift_threshold",
+    "rounds_since_aggregation",
+    "sealed_clients",
+    "sealed_values",
+    "sealed_step",
+}
+_PRIVACY = "privacy_"
 
 
 def aggregation_figures(record: RunRecord) -> list[Figure]:
     """A small chart for each figure the rules report, related ones together; those that were never more than zero are left out."""
-    names = sorted({name for item in record.rounds for name in item.metrics} - _TOLD)
+    names = sorted(name for name in {name for item in record.rounds for name in item.metrics} - _TOLD if not name.startswith(_PRIVACY))
     others = tuple(Panel(f"metric-{place}", _title(name), "", "", ((_title(name), metric(name)),)) for place, name in enumerate(names))
     found = [panel for panel in (_known(record, panel) for panel in (*PANELS, *others)) if panel is not None]
     odd = len(found) % 2 == 1

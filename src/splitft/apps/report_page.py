@@ -48,6 +48,8 @@ _PATTERNS = (
     '<rect class="hatch-back" width="5" height="5"/><path class="hatch-away-line" d="M2.5 0V5"/></pattern></defs></svg>'
 )
 
+NO_CLAIM = "Rule private clipped the updates; no differential privacy is claimed: there was no noise, or its seed is known."
+
 
 def render_page(record: RunRecord, leakage: str = LEAKAGE_NOTE) -> str:
     """The whole document; equal records give equal bytes. `leakage` says what an audit found, or that none was made."""
@@ -63,7 +65,7 @@ def render_page(record: RunRecord, leakage: str = LEAKAGE_NOTE) -> str:
     optional = ("aggregation", "codecs")
     sections = [(key, title, figures) for key, title, figures in sections if figures or tables.get(key) or key not in optional]
     keys = [key for key, _, _ in sections]
-    notes = f'<p class="note" role="note">{escape(leakage)}</p>{_claim(record)}{_warnings(record)}'
+    notes = f'<p class="note" role="note">{escape(leakage)}</p>{_claim(record)}{_sealed(record)}{_warnings(record)}'
     body = [_PATTERNS, _header(record, [*keys, "configuration"]), f"<main>{_key_figures(record)}", notes]
     for key, title, figures in sections:
         inner = "".join(_figure(figure) for figure in figures)
@@ -87,8 +89,25 @@ def render_page(record: RunRecord, leakage: str = LEAKAGE_NOTE) -> str:
 
 def _claim(record: RunRecord) -> str:
     """What a private run may say of itself: all of it or nothing."""
-    claim = claim_of(record.rounds[-1].metrics) if record.rounds else None
-    return "" if claim is None else f'<p class="note" role="note">{escape(claim[:1].upper() + claim[1:])}. {escape(SCOPE)}</p>'
+    metrics = record.rounds[-1].metrics if record.rounds else {}
+    claim = claim_of(metrics)
+    if claim is not None:
+        return f'<p class="note" role="note">{escape(claim[:1].upper() + claim[1:])}. {escape(SCOPE)}</p>'
+    return f'<p class="note" role="note">{NO_CLAIM}</p>' if "privacy_clip" in metrics else ""
+
+
+def _sealed(record: RunRecord) -> str:
+    """What secure aggregation hid, and from whom it did not."""
+    merged = next((item.metrics for item in reversed(record.rounds) if item.metrics.get("sealed_clients")), None)
+    if merged is None:
+        return ""
+    clients, share = merged["sealed_clients"] or 0.0, merged.get("sealed_values") or 0.0
+    text = (
+        f"Secure aggregation: at the last merge the server had the sum of {clients:.0f} clients' own adapters, {100 * share:.3g} % of the "
+        "adapter's values, and no single one of them; the other values are of blocks that it trains itself. It does not hide what "
+        "activations, labels and gradients tell the same server (docs/privacy.md)."
+    )
+    return f'<p class="note" role="note">{escape(text)}</p>'
 
 
 def _by_real_clock(page: str) -> str:

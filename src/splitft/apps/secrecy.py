@@ -19,7 +19,7 @@ NAME = "secure_aggregation"
 
 
 def secrecy_of(section: SecureAggregationSection) -> Secrecy | None:
-    """How a run hides updates, or None."""
+    """How a run sums updates behind masks, or None."""
     return Secrecy(section.threshold, section.minimum, section.limit) if section.enabled else None
 
 

@@ -26,7 +26,7 @@ from splitft.apps.assemble import (
 )
 from splitft.apps.bottleneck_setup import begin_bottlenecks, cuts_of
 from splitft.apps.costs import client_costs
-from splitft.apps.privacy_setup import settle
+from splitft.apps.privacy_setup import federation_clashes, settle
 from splitft.compress.noise import noise_in
 from splitft.config import RunConfig
 from splitft.data.base import ClientData, DistantRows, FederatedData, Source, TokenRows
@@ -156,6 +156,7 @@ def unfit(config: RunConfig, built: Components) -> Iterator[str]:
             "bottleneck.channels: clients' held-out rows are measured whole, without the bottleneck: set tokens.held_out = 0 and "
             "federation.held_out to a public text"
         )
+    yield from federation_clashes(config, built)
     if config.model.device_map:
         yield "model.device_map: the server holds the model on one device; leave it empty"
 

@@ -17,7 +17,7 @@ from splitft.apps.assemble import Assembly, OnStage, assemble
 from splitft.apps.bottleneck_check import measured_through
 from splitft.apps.bottleneck_setup import write_bottleneck
 from splitft.apps.leak_limit import bounded
-from splitft.apps.privacy_setup import cautions, private_in
+from splitft.apps.privacy_setup import cautions, private_in, told_before
 from splitft.apps.report_files import write_atomically
 from splitft.apps.secrecy import secrecy_of
 from splitft.apps.signals import asked_to_stop
@@ -74,10 +74,18 @@ class FederatedRun:
                 torch.use_deterministic_algorithms(True, warn_only=True)
             self._originals = frozen_weights(self.assembly)
             self._run = self._resume() if resume is not None else self._start()
+            self._tell()
         except BaseException:
             self.close()
             self._leave_nothing_empty()
             raise
+
+    def _tell(self) -> None:
+        """What the user is to know of noise before anything is sent."""
+        built = self.assembly
+        clients, layout = len(built.federation.clients), built.federation.layout
+        for text in told_before(self.config, built.components, layout, clients, built.shape.hidden_size):
+            self.listen("told", {"text": text})
 
     def _claim(self, fresh: bool) -> None:
         """Take the folder for this process. Raises ConfigError for one that is taken by an earlier run, CheckpointError for one in use."""

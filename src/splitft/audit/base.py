@@ -1,7 +1,8 @@
 """What an audit is given and what it finds, as plain values.
 
 Three attackers. K knows the adapter of the client's blocks: the server itself knows it at the start of every round, for every block above
-the shallowest cut. B knows only the public base weights. L has the gradients that come back in a U-shape and wants the labels.
+the shallowest cut. B knows only the public base weights. L has the gradients that come back in a U-shape and wants the labels. K and B have
+a family of attacks each, of which the best counts; L has one attack.
 
 Axes: s sequences, t tokens, d hidden width, v vocabulary, p adapter parameters.
 """
@@ -35,7 +36,8 @@ FIRST, LATER = "first", "later"
 @dataclass(frozen=True)
 class Options:
     """How much is tried. `seconds` is for each cut: what is not reached by then is left out and said; results that depend on it do not
-    repeat. `candidates` are verified at every position, by K up to `widest` where none fits (0: the vocabulary)."""
+    repeat. `candidates` are verified at every position, by K up to `widest` where none fits (0: the vocabulary). `visits`: how often the
+    text came by, which matters where a codec draws random numbers."""
 
     sequences: int = 4
     tokens: int = 64
@@ -44,9 +46,10 @@ class Options:
     candidates: int = 64
     widest: int = 0
     seed: int = 0
+    visits: int = 1
 
     def __post_init__(self) -> None:
-        for name, least in (("sequences", 1), ("tokens", 4), ("public_sequences", 16), ("candidates", 2)):
+        for name, least in (("sequences", 1), ("tokens", 4), ("public_sequences", 16), ("candidates", 2), ("visits", 1)):
             if getattr(self, name) < least:
                 raise ConfigError(f"audit: {name} is {getattr(self, name)}.", f"give {least} or more.")
         if not self.seconds > 0:
@@ -112,8 +115,9 @@ class Figures:
 class Finding:
     """The best that one attacker got at one cut, of a `family` of attacks (name -> accuracy).
 
-    `visit` is the first time the text was sent or a later one; `unresolved` the share of positions where no candidate came within the
-    wire's own error; `positions` how many of a sequence were reached in time; `penalty` the ridge's, tuned on public text.
+    `visit` is the first time the text was sent, a later one, or of how many visits the mean was attacked; `unresolved` the share of
+    positions where no candidate came within the wire's own error; `positions` how many of a sequence were reached in time; `penalty` the
+    ridge's, tuned on public text.
     """
 
     attacker: Attack
@@ -155,7 +159,8 @@ class CutAudit:
 
 @dataclass(frozen=True)
 class Audit:
-    """An audit as a whole. `labels_sent`: the labels themselves cross, which is the text."""
+    """An audit as a whole. `labels_sent`: the labels themselves cross, which is the text. `visits` of a text that were attacked together:
+    one where nothing is drawn, since another would be the same again."""
 
     cuts: tuple[CutAudit, ...]
     floors: Floors
@@ -165,3 +170,4 @@ class Audit:
     verdict: Verdict
     notes: tuple[str, ...]
     seconds: float
+    visits: int = 1

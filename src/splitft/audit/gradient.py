@@ -3,7 +3,7 @@
 The server knows its own output u and the gradient g that comes back. The gradient at a position is, up to one positive scale,
 J^T W^T (p - e_y) of that position's own loss plus what later positions cause through attention. From the last position to the first, what
 later ones cause is subtracted (their labels are found by then), and the label is the one whose direction fits the rest best. No training,
-no search: exact where the tail is known.
+no search: exact where the tail is known. It is one attack and not the best of a family: where it gets less, others may get more.
 
 Axes: s sequences, t tokens, d hidden width (o of the exit's), v vocabulary, r rows.
 """
@@ -36,15 +36,20 @@ NO_LABEL = -1
 @dataclass(frozen=True)
 class Returned:
     """What the server has of a step: its own `output` [s t d] as the client got it, and the `gradient` [s t d] that came back, of as few
-    channels as a bottleneck leaves. `labels` [s t] are what it is after."""
+    channels as a bottleneck leaves. `labels` [s t] are what it is after. The gradient is the mean of so many `visits`."""
 
     output: Tensor
     gradient: Tensor
     labels: Tensor
+    visits: int = 1
 
 
-def client_step(case: Case, bank: AdapterBank, cut: int) -> Returned:
-    """A step of a U-shaped client on its private sample, every tensor through its codec."""
+def client_step(case: Case, bank: AdapterBank, cut: int, visits: int = 1) -> Returned:
+    """A step of a U-shaped client on its private sample, every tensor through its codec.
+
+    Gradients that get other random numbers at each of its `visits` are averaged, unless what goes forward gets some too: then every visit's
+    output is another, with another gradient, and one is looked at.
+    """
     split, tap, sequences = case.split, Tap(case.settings, case.plan, cut), case.private.shape[0]
     end = Ownership(tap.plan, split.blocks).server_end
 
@@ -63,7 +68,9 @@ def client_step(case: Case, bank: AdapterBank, cut: int) -> Returned:
     weight = torch.full((sequences,), 1.0 / max(1, len(targets.labels)))
     loss, _ = training_loss(hidden, targets, weight, split.head, split.anatomy)
     (gradient,) = torch.autograd.grad(loss, leaf)
-    return Returned(output, tap.private(gradient, 3), labels)
+    codecs = case.settings.codecs
+    tap.visits = visits if codecs[3].draws and not (codecs[0].draws or codecs[2].draws) else 1
+    return Returned(output, tap.private(gradient, 3), labels, tap.visits)
 
 
 class Tail:

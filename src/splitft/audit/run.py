@@ -19,7 +19,7 @@ from splitft.audit.gradient import client_step, counted_labels, read_labels
 from splitft.audit.public import frequencies, shuffled
 from splitft.audit.ridge import Inverter, directions, learn
 from splitft.audit.scores import floors_of, rare_tokens, score
-from splitft.audit.tap import Tap, directions_of
+from splitft.audit.tap import Span, Tap, directions_of
 from splitft.audit.verdict import verdict_of
 from splitft.clock import monotonic_s
 from splitft.data.base import TokenRows
@@ -100,26 +100,46 @@ def audit(case: Case, options: Options, cuts: Sequence[int] = (), open_tap: Open
         verdict_of(findings, floors, labels_sent),
         tuple(attack.notes),
         monotonic_s() - began_s,
+        attack.visits,
     )
 
 
-def leak_by_cut(case: Case, cuts: Sequence[int], options: Options | None = None) -> dict[int, float]:
-    """Token accuracy of the attacker that knows the adapter, at each cut: what a policy with a bound on leaks goes by.
+def worst_by_cut(case: Case, cuts: Sequence[int], options: Options | None = None) -> dict[int, Finding]:
+    """What got furthest at each cut, by the upper end of its interval, of the attacker that knows the adapter and, in a U-shape, of those
+    that read labels from gradients: what a bound on leaks goes by.
 
-    Depth hardly moves it. Where labels are sent it is the forward attack's all the same: a bound on the labels is not the cut's to keep.
+    Depth hardly moves either. Where labels are sent there is nothing to bound: they are the text.
     """
-    made = _Attack(case, options or Options(), sorted(set(cuts)), own_tap, floors_of(case), ("K",)).forward()
-    return {cut: max(one.figures.accuracy for one in found.findings) for cut, found in made.items()}
+    share = WITH_LABELS if case.plan.exit_on_client else 1.0
+    attack = _Attack(case, options or Options(), sorted(set(cuts)), own_tap, floors_of(case), ("K",), share)
+    made = attack.forward()
+    if case.plan.exit_on_client:
+        made = {cut: attack.with_labels(one) for cut, one in made.items()}
+    return {cut: max(one.findings, key=lambda found: (found.figures.high, found.figures.accuracy)) for cut, one in made.items()}
+
+
+def _rules(attacker: Attack, gauge: Gauge) -> list[Rule]:
+    """How candidates are chosen, best known first: over a wire with noise in other ways too."""
+    rules: list[Rule] = ["exact"] if attacker == "K" else ["fused", "fused with prior", "nearest"]
+    if gauge.relative > NOISY:
+        rules += ["posterior", "fused"] if attacker == "K" else ["posterior"]
+    return rules
 
 
 @dataclass(frozen=True)
 class _Visit:
-    """What arrives [s t d] of the private sample at one of its visits, over which tap, and the directions [r d] that the wire lets through
-    (None: all)."""
+    """What arrives [s t d] of the private sample at one of its visits, over which tap, and the directions that the wire seems to let
+    through (None: all)."""
 
     arrived: Tensor
     tap: Tap
-    directions: Tensor | None
+    span: Span | None
+
+    def views(self) -> tuple[Tensor | None, ...]:
+        """Along which directions [r d] guesses are compared, likelier ones first (None: all): where directions are guessed at, both."""
+        if self.span is None:
+            return (None,)
+        return (self.span.axes,) if self.span.exact else (self.span.axes, None)
 
 
 @dataclass
@@ -147,12 +167,21 @@ class _Attack:
         kept = min(CALIBRATION_SEQUENCES, max(1, len(self.public) // 4))
         self.sample = torch.from_numpy(self.public.batch(range(kept))[0])[:, : case.private.shape[1]]
         self.learnt_from: TokenRows = self.public.select(range(kept, len(self.public)))
+        self.visits = self.options.visits if self._tap(self.cuts[0]).draws else 1
+        if self._tap(self.cuts[0]).draws:
+            looked = f"the mean of {self.visits} visits is attacked, under the adapter of now" if self.visits > 1 else "one is attacked"
+            self.notes.append(f"every visit of a text has random numbers of its own: {looked}; with more, more of the noise averages out")
+
+    def _tap(self, cut: int) -> Tap:
+        tap = self.open_tap(self.case, cut)
+        tap.visits = self.options.visits
+        return tap
 
     def forward(self) -> dict[int, CutAudit]:
         """K and B at all cuts. Public text passes through the blocks once for each attacker, whatever the number of cuts."""
         began_s, seconds = monotonic_s(), self.share * self.options.seconds * len(self.cuts)
         visits = {cut: self._visits(cut) for cut in self.cuts}
-        taps = {cut: visits[cut][FIRST].tap for cut in self.cuts}
+        taps = {cut: visits[cut][self.first].tap for cut in self.cuts}
         alike = changes_nothing(self.case.layout, self.case.adapters, 0, max(self.cuts)) and knows_all(self.case)
         attackers = [one for one in self.attackers if one == "K" or not alike]
         inverters: dict[Attack, dict[int, Inverter]] = {}
@@ -187,11 +216,12 @@ class _Attack:
             until_s = began_s + self.share * self.options.seconds * (KNOWN if attacker == "K" else BASE)
             for number, (visit, one) in enumerate(visits.items()):
                 now_s = monotonic_s()
-                gauge = measure(bottom, one.tap, inverter, self.sample, one.directions)
-                error = gauge.relative if (attacker, visit) == ("K", FIRST) else error
-                verifier = Verifier(bottom, inverter, gauge, self.table, one.arrived, self.options, self.frequency, self.sample)
+                gauges = [measure(bottom, one.tap, inverter, self.sample, view) for view in one.views()]
+                error = gauges[0].relative if (attacker, visit) == ("K", self.first) else error
+                known = self.table, one.arrived, self.options, self.frequency, self.sample
+                verifiers = [Verifier(bottom, inverter, gauge, *known) for gauge in gauges]
                 end_s = now_s + max(0.0, until_s - now_s) * (number + 1) / len(visits)
-                family = self._family(attacker, verifier, gauge, end_s)
+                family = self._family(attacker, verifiers, end_s)
                 finding, best = self._finding(attacker, cut, visit, family, inverter.penalty, monotonic_s() - now_s)
                 if attacker not in found or finding.figures.accuracy > max(
                     earlier.figures.accuracy for earlier in findings if earlier.attacker == attacker
@@ -206,41 +236,44 @@ class _Attack:
         return CutAudit(cut, tuple(findings), verdict_of(findings, self.floors, False), error, learnt, spent_s, found)
 
     def _visits(self, cut: int) -> dict[str, _Visit]:
-        """What arrives of the private sample, by visit: the later one under the adapter of now, after one under the earlier."""
-        ids, tap = self.case.private, self.open_tap(self.case, cut)
+        """What arrives of the private sample, by visit: the first (or the mean of several, where they differ), and the later one under the
+        adapter of now, after one under the earlier."""
+        ids, tap = self.case.private, self._tap(cut)
         now = Bottom(self.case.split, self.bank, cut, self.bank).hidden(ids)
-        visits = {FIRST: self._visit(tap, tap.private(now))}
+        visits = {self.first: self._visit(tap, tap.private(now))}
         if tap.remembers:
-            again = self.open_tap(self.case, cut)
+            again = self._tap(cut)
             before = bank_of(self.case, self.case.earlier)
             again.private(Bottom(self.case.split, before, cut, before).hidden(ids))
             visits[LATER] = self._visit(again, again.private(now))
         return visits
 
     def _visit(self, tap: Tap, arrived: Tensor) -> _Visit:
-        directions = directions_of(arrived)
-        if directions is not None:
+        span = directions_of(arrived)
+        if span is not None:
             # The axes are those of the private text, and the server has them: it tries its public text along the same.
             tap.follow()
-        return _Visit(arrived, tap, directions)
+        return _Visit(arrived, tap, span)
 
-    def _family(self, attacker: Attack, verifier: Verifier, gauge: Gauge, until_s: float) -> dict[str, Search]:
-        """The attacks of one attacker, best known first; those that time does not allow are left out."""
-        tokens = verifier.scores.shape[1]
-        ridge = verifier.by_ridge
+    @property
+    def first(self) -> str:
+        return FIRST if self.visits == 1 else f"mean of {self.visits}"
+
+    def _family(self, attacker: Attack, verifiers: Sequence[Verifier], until_s: float) -> dict[str, Search]:
+        """The attacks of one attacker, best known first, along each verifier's directions; those that time does not allow are left out."""
+        tokens = verifiers[0].scores.shape[1]
+        ridge = verifiers[0].by_ridge
         family = {"ridge": Search(ridge, torch.zeros(ridge.shape, dtype=torch.bool), tokens)}
-        rules: list[Rule] = ["exact"] if attacker == "K" else ["fused", "fused with prior", "nearest"]
-        if attacker == "K" and gauge.relative > NOISY:
-            rules += ["posterior", "fused"]
-        elif attacker == "B" and gauge.relative > NOISY:
-            rules += ["posterior"]
-        for number, rule in enumerate(rules):
-            now_s = monotonic_s()
-            if number and now_s > until_s:
-                break
-            family[rule] = verifier.search(rule, until_s)
-            if float((family[rule].found == ridge).double().mean()) >= AGREED:
-                break  # two attacks that share no more than a shortlist say the same
+        began_s = monotonic_s()
+        for view, verifier in enumerate(verifiers):
+            end_s = began_s + max(0.0, until_s - began_s) * (view + 1) / len(verifiers)
+            for number, rule in enumerate(_rules(attacker, verifier.gauge)):
+                if (number or view) and monotonic_s() > end_s:
+                    break
+                name = f"{rule}, all directions" if view else rule
+                family[name] = verifier.search(rule, end_s)
+                if float((family[name].found == ridge).double().mean()) >= AGREED:
+                    return family  # two attacks that share no more than a shortlist say the same
         return family
 
     def _finding(
@@ -260,9 +293,9 @@ class _Attack:
         return made, family[best].found
 
     def with_labels(self, made: CutAudit) -> CutAudit:
-        """The findings at a cut with those about the labels of a U-shape beside them."""
+        """The findings at a cut with those about the labels of a U-shape beside them, from one attack."""
         case, began_s = self.case, monotonic_s()
-        returned = client_step(case, self.bank, made.cut)
+        returned = client_step(case, self.bank, made.cut, self.options.visits)
         end = Ownership(replace(case.plan, cut=made.cut), case.split.blocks).server_end
         alike = changes_nothing(case.layout, case.adapters, end, case.split.blocks) and knows_all(case)
         counted = counted_labels(returned.labels)
@@ -280,6 +313,7 @@ class _Attack:
                 self.notes.append(f"cut {made.cut}, {attacker}: labels of the last {reached} positions only in the time given")
             family = {"direction": figures.accuracy}
             seconds = monotonic_s() - now_s
-            findings.append(Finding(attacker, made.cut, FIRST, figures, family, 0.0, reached, None, seconds))
+            visit = FIRST if returned.visits == 1 else f"mean of {returned.visits}"
+            findings.append(Finding(attacker, made.cut, visit, figures, family, 0.0, reached, None, seconds))
             found[attacker] = labels
         return replace(made, findings=tuple(findings), found=found, seconds=made.seconds + monotonic_s() - began_s)

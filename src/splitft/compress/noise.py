@@ -20,7 +20,8 @@ from splitft.compress.bits import BF16_MAX
 from splitft.compress.positions import ENERGIES
 from splitft.compress.wrapper import Nested, Wrapper
 from splitft.errors import ConfigError
-from splitft.privacy.draws import KEY_BYTES, digest, secret_normals
+from splitft.keyed import KeyedGenerator
+from splitft.privacy.draws import digest, secret_normals
 from splitft.privacy.gaussian import epsilon_of
 
 
@@ -35,9 +36,11 @@ class Noise(Wrapper):
     the audit. `clip` 0: no row is shortened, the deviation is `multiple` times the row's own root mean square, and it is called
     obfuscation: no epsilon.
 
-    The noise follows from the stream's random numbers and the packet's values: what is sent again, or computed again in a round that is
-    repeated, is the same bytes, for fresh noise would average out. Whoever knows the stream's seed can take it off. Outermost, but for
-    `entropy`: a codec outside would choose or make up for what it sends by values without noise.
+    The noise follows from the stream's key of 256 bits (client, round, place and packet are in it) and every bit of the packet's values:
+    the same values sent again there are the same bytes. Values that differ in a bit get fresh noise, which averages out over many
+    repetitions: so a client of a federation lets a round be opened only a few times. In a simulation the key follows from the run's seed,
+    and whoever knows that can take the noise off; a client of a federation has a key of its own. Outermost, but for `entropy`: a codec
+    outside would choose or make up for what it sends by values without noise.
     """
 
     number: ClassVar[int] = 13
@@ -85,10 +88,9 @@ class Noise(Wrapper):
 
     def _noisy(self, rows: Tensor, generator: torch.Generator | None) -> Tensor:
         """The rows [q d] of one packet, clipped, with their noise, float64."""
-        assert generator is not None, "noise needs a generator for every packet"
-        secret = bytes(torch.randint(0, 256, (KEY_BYTES,), generator=generator, dtype=torch.uint8).tolist())
+        assert isinstance(generator, KeyedGenerator), "noise needs a generator with a key for every packet: rng.torch_stream"
         values = digest(repr(tuple(rows.shape)).encode(), to_bytes(rows))
-        drawn = torch.from_numpy(secret_normals(secret, "noise on rows", values, rows.numel())).reshape(rows.shape)
+        drawn = torch.from_numpy(secret_normals(generator.key, "noise on rows", values, rows.numel())).reshape(rows.shape)
         length = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
         shortened, deviation = rows, self.multiple / math.sqrt(rows.shape[1]) * length
         if self.clip > 0:

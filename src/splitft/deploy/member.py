@@ -7,7 +7,7 @@ what the server asks is held against the client's own policy first.
 from __future__ import annotations
 
 import hashlib
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -34,6 +34,7 @@ from splitft.deploy.letters import (
     read,
 )
 from splitft.deploy.moments import given, moments_packet
+from splitft.deploy.openings import Openings
 from splitft.deploy.sealing import FROM_SERVER, Pledges, SealingMember
 from splitft.deploy.snapshots import Snapshots
 from splitft.deploy.workshop import Workshop
@@ -57,8 +58,6 @@ DISK_PAUSE_S = 2.0
 MOST_STASHED = 256
 OPEN_S = 5.0
 KNOCK_S = 30.0
-# How often a server may open the same round for the same purpose.
-MOST_OPENINGS = 100
 
 
 class _Another(Exception):  # noqa: N818 - a turn of events, not a fault
@@ -94,7 +93,7 @@ class Member:
         self.listen, self.stop, self.waits, self.window = listen, stop, waits, window
         self.knock, self.patience_s = knock, patience_s
         link.look = self._look_at_stop
-        self.openings: Counter[tuple[int, str]] = Counter()
+        self.openings = Openings(folder)
         self.connected_s = monotonic_s()
         self.stash: deque[Message] = deque()
         self.answer: Message | None = None
@@ -135,6 +134,7 @@ class Member:
         named = hashlib.sha256(f"{welcome.run}\0{welcome.seat}\0{welcome.model}\0{ready.data}".encode()).hexdigest()[:16]
         self.kept = self.folder / named
         self.snapshots = Snapshots(self.kept, ready.data)
+        self.openings = self.openings if self.openings.folder == self.kept else Openings(self.kept)
         self.link.send(Letter.READY, pack(msgspec.structs.replace(ready, snapshots=self.snapshots.list())))
         self.listen("ready", {"rounds": welcome.rounds, "round": welcome.round})
 
@@ -161,7 +161,6 @@ class Member:
         while following is not None:
             present, following = following, None
             try:
-                self._count_opening(present)
                 if present.purpose == "evaluate":
                     self._measure(present)
                 else:
@@ -176,16 +175,11 @@ class Member:
                 self.link.send(Letter.REFUSED, pack(Refused(present.round, problem.message[:2000], problem.remedy[:2000], final=True)))
                 raise
 
-    def _count_opening(self, opened: Open) -> None:
-        """A server may open a round again after a fault, and not without end: every time shows it more of the text."""
-        self.openings[opened.round, opened.purpose] += 1
-        if self.openings[opened.round, opened.purpose] > MOST_OPENINGS:
-            raise PolicyError(f"the server has opened round {opened.round} {MOST_OPENINGS} times.", "talk to its operator.")
-
     def _measure(self, opened: Open) -> None:
         start = decode(opened.frame).read(ScoreStart)
         self.workshop.check_score(start)
         federation = self.workshop.federation(self.seat, start.cut, start.tail_blocks, start.exit_on_client, self.fetch)
+        self.openings.count(start.round, opened.purpose, federation.settings, self._disk_refused)
         self.round = opened.round
         self.link.send(Letter.OPENED, pack(Opened(opened.round)))
         self._drive(measure(federation, self.seat, opened.frame, self.workshop.check_adapters), None)
@@ -197,6 +191,7 @@ class Member:
         self.round = opened.round
         self.listen("round", {"round": opened.round, "cut": start.cut, "steps": start.local_steps})
         federation = self.workshop.federation(self.seat, start.cut, start.tail_blocks, start.exit_on_client, self.fetch)
+        self.openings.count(start.round, opened.purpose, federation.settings, self._disk_refused)
         try:
             state = self._state_for(opened)
         except CheckpointError as problem:
@@ -278,6 +273,10 @@ class Member:
         seconds = {**client.seconds, "waiting": self.waiting_s}
         facts = {place: dict(sums) for place, sums in client.facts().items()}
         self.link.send(Letter.REPORT, pack(Report(self.round, client.step_losses, client.tokens, seconds, facts)))
+
+    def _disk_refused(self, problem: SplitftError) -> None:
+        self.listen("warning", {"text": f"{problem} Trying again."})
+        self._pause()
 
     def _pause(self) -> None:
         """Wait for the disk, and hear in the meantime that the server wants something else."""

@@ -61,12 +61,14 @@ class ClientPolicy(Section):
     )
     least_owners: CountOrZero = Field(
         0,
-        description="Fewest clients, itself counted, among which its adapters may be summed; 0: as many as the server announces.",
+        description="Fewest clients, itself counted, that its adapters may be summed among (with secure_aggregation required); 0: any.",
     )
     least_threshold: Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False)] = Field(
         0.0, description="Least share of those clients that opening their sum must take; 0: what the server announces, over a half."
     )
-    peers: Names = Field(default_factory=list, description="Names of the only clients it shares a sum with; empty: any on the roster.")
+    peers: Names = Field(
+        default_factory=list, description="Names of the only clients it shares a sum with (with secure_aggregation required); empty: any."
+    )
     gradient_norm_limit: NotNegative = Field(
         1e6, description="Largest L2 norm of a received gradient, of one token; 0: any finite one. Absurd gradients steer a client."
     )

@@ -7,6 +7,9 @@
     SEALED_SURVIVORS                     ->   SEALED_CONFIRMATION
     SEALED_CONFIRMATIONS                 ->   SEALED_UNMASKING
 
+What it is worth: the sum says nothing of one client's update beyond what activations, labels and gradients tell the same server already;
+that is enough to compute the update again (docs/privacy.md). It protects against whoever gets hold of the aggregation's side alone.
+
 It follows the last ROUND_ACCEPTED of a round, whose ROUND_ENDs carried no adapters. A client that breaks off, is too slow or sends what is
 wrong is out of the sealing, and of the round if its input has not come; a process that was restarted has lost its secrets and is out too.
 """
@@ -24,6 +27,7 @@ import numpy as np
 import numpy.typing as npt
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
+from torch import Tensor
 
 from splitft.clock import monotonic_s
 from splitft.deploy.certificates import Holder, check_dates, check_issued, public_bytes, read_certificate
@@ -154,11 +158,39 @@ def _phase(sealing: Sealing, line: Line, out: set[int], patience_s: float) -> Se
     return sealing
 
 
+@dataclass
+class Returned:
+    """The gradients that a server has returned in a round: how many, and whether all were exactly zero.
+
+    A server that returns zeros to all clients but one reads that one's update from the sum, since the others' adapters stay as they were
+    (model inconsistency: Pasquini, Francati, Ateniese 2022, arXiv 2111.07380). This stops the crudest form alone: a gradient that is
+    merely tiny, a learning rate of zero or a squared norm that clips everything away does the same and is not seen here.
+    """
+
+    gradients: int = 0
+    all_zero: bool = True
+
+    def note(self, gradient: Tensor) -> None:
+        """One more has come."""
+        self.gradients += 1
+        self.all_zero = self.all_zero and not bool(gradient.any())
+
+    def check(self) -> None:
+        """Raise PolicyError when a whole round's gradients, one at least, were exactly zero."""
+        if self.gradients and self.all_zero:
+            raise PolicyError(
+                f"all {self.gradients} gradients that the server returned in this round are exactly zero: among updates that have not "
+                "moved, the sum would show somebody else's.",
+                "do not go on with this server before its operator has explained it; training never gives zeros only.",
+            )
+
+
 @dataclass(frozen=True)
 class Insider:
     """A client's own standing: its seat, certificate, key, and the authority that it trusts. `peers`: the only names it shares a sealing
     with (none: anybody the authority has certified); `least_threshold`: the share of the members that must be needed to open a sum;
-    `least_owners`: fewest members that share a column of its own, at the start and of those whose input has come."""
+    `least_owners`: fewest members that share a column of its own, at the start and of those whose input has come; `returned`: the
+    gradients of the round that is to be summed."""
 
     seat: int
     certificate: x509.Certificate
@@ -167,6 +199,7 @@ class Insider:
     peers: frozenset[str] = frozenset()
     least_threshold: float = 0.5
     least_owners: int = LEAST_COHORT
+    returned: Returned = field(default_factory=Returned)
 
     def identities(self, offer: Offer) -> Identities:
         """The members' keys, from certificates that hold: signed by the authority, in date, one each, this client's own in its place.
@@ -281,6 +314,7 @@ class SealingMember:
         if (offer.terms.run, offer.terms.round) != (self.run, self.index):
             raise ProtocolError(f"a sealing of round {offer.terms.round} of {offer.terms.run[:80]!r}; this is {self.index}.", SAME_VERSION)
         if self.client is None:
+            self.insider.returned.check()
             known, sign = self.insider.identities(offer), signer(self.insider.key)
             client = SealedClient(self.insider.seat, self.columns, self.row, self.weight, sign, known)
             keys, self.offer, self.client = client.answer(offer.terms), payload, client

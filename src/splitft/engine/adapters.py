@@ -49,7 +49,8 @@ class AdapterStreams:
             if codec.lossless:
                 return None
             ends = None if before is None else before.at(place, form_of(codec, None), codec)
-            return Stream.open(codec, StreamName(settings.seed, plan.client, round_index, place), ends)
+            own = settings.secret if settings.secret and place == ADAPTERS_UP else settings.seed
+            return Stream.open(codec, StreamName(own, plan.client, round_index, place), ends)
 
         up, down = stream(ADAPTERS_UP), stream(ADAPTERS_DOWN)
         known = None if down is None else start if before is None or before.known is None else before.known

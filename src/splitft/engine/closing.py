@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from splitft.aggregate.base import Updates
+from splitft.aggregate.base import LEFT, State, Updates
+from splitft.engine import releases
 from splitft.engine.checkpoint import Pending, RunState
 from splitft.engine.dial import observe
 from splitft.engine.exchange import Ownership, put, take
@@ -94,13 +95,29 @@ def close_round(run: Run, index: int, trained: Trained) -> Closed:
     updates = updates_of(federation, trained.result, contributes) if hidden is None else hidden.updates
     if updates is None or _too_few(run, index, updates, warnings):
         return nothing
-    outcome = merge(run.aggregator, state.adapters, updates, state.aggregator, federation.split)
+    outcome = _guarded(run, index, updates) if run.aggregator.guarded else _merged(run, updates)
     if hidden is not None:
         outcome = replace(outcome, metrics={**outcome.metrics, **hidden.metrics})
     if federation.settings.server == "unaveraged":
         clients = _own_models(run, trained, contributes, outcome, clients)
     _note(run, outcome, notes)
     return Closed(outcome, True, outcome.adapters, clients, {}, notes, warnings, trained.pending)
+
+
+def _merged(run: Run, updates: Updates, aggregator: State | None = None) -> Outcome:
+    state = run.state
+    return merge(run.aggregator, state.adapters, updates, aggregator or state.aggregator, run.federation.split)
+
+
+def _guarded(run: Run, index: int, updates: Updates) -> Outcome:
+    """The merge of a rule with a budget. Releases of this round that were never committed are counted with it; its noise, and so what is
+    released, does not depend on that."""
+    outcome = _merged(run, updates)
+    left = releases.others(run.folder, index, releases.digest_of(outcome.adapters))
+    if not left:
+        return outcome
+    told = {name: torch.tensor([left]) if name.endswith(LEFT) else tensor for name, tensor in run.state.aggregator.items()}
+    return _merged(run, updates, told)
 
 
 def _sealed(run: Run, index: int, trained: Trained, contributes: list[bool], warnings: list[dict[str, Any]]) -> Unsealed:

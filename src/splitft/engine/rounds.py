@@ -22,7 +22,7 @@ from splitft.aggregate.base import Aggregator
 from splitft.clock import monotonic_s
 from splitft.control.base import Controller
 from splitft.data.base import TokenRows
-from splitft.engine import checkpoint
+from splitft.engine import checkpoint, releases
 from splitft.engine.asynchronous import asynchronous_round
 from splitft.engine.attendance import Attendance, attend, retimed
 from splitft.engine.closing import close_round, restore_weights
@@ -156,6 +156,8 @@ def finish_round(run: Run, index: int, trained: Trained, training_s: float) -> R
     started_s = monotonic_s()
     run.on_stage("aggregate")
     closed = close_round(run, index, trained)
+    if run.aggregator.guarded and closed.aggregated:  # measuring shows it to clients, before the round is committed
+        insist(run, lambda: releases.note(run.folder, index, releases.digest_of(closed.evaluated)))
     run.reached("aggregated")
     last = index == run.rules.rounds
     scored = score(run, index, closed.evaluated, closed.clients) if last or index % run.rules.evaluate_every == 0 else None

@@ -1,8 +1,9 @@
-"""The end of a round behind masks: the clients' own blocks are summed by secure aggregation, and no single update of theirs is seen.
+"""The end of a round behind masks: the clients' own blocks are summed by secure aggregation, and the update of none is in what it shows.
 
-The server's own blocks stay in the clear, as they must: it trains every client's copy of them. So what is hidden is what a client holds,
-and the deeper the cuts the more that is. In a simulation both sides run here, every letter through its bytes, so that what is counted is
-what would travel.
+What activations, labels and gradients tell the same server it does not hide, and they are enough to compute an update again (see
+docs/privacy.md). The server's own blocks stay in the clear, as they must: it trains every client's copy of them. So what is summed behind
+masks is what a client holds, and the deeper the cuts the more that is. In a simulation both sides run here, every letter through its
+bytes, so that what is counted is what would travel.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from splitft.types import Kind, Plan
 
 @dataclass(frozen=True)
 class Secrecy:
-    """How a run hides updates. `threshold`: the share of the clients that must stay, above a half (0: a little over two thirds).
+    """How a run sums updates behind masks. `threshold`: the share of the clients that must stay, above a half (0: just over two thirds).
     `minimum`: fewest owners of a column, 3 or more. `limit`: largest adapter value that can be summed."""
 
     threshold: float = 0.0

@@ -7,7 +7,9 @@ true here), by Renyi divergences of integer orders: Wang, Balle and Kasiviswanat
 (epsilon, delta) by Canonne, Kamath and Steinke 2020, arXiv 2004.00010, proposition 12.
 
 Units: "replace": one client's data become anything else (sensitivity two clips). "absent": one client's update counts as zero, the number
-of participants being public (one clip). Secret drawing is accounted for in the first alone, which implies the second.
+of participants being public (one clip). The aggregation rule claims nothing from drawing, since its clients are drawn by the run's seed or
+are whoever is there; the account of it is for those who do draw in secret. Secret drawing is accounted for in the first alone, which
+implies the second.
 """
 
 from __future__ import annotations

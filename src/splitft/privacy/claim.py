@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 PREFIX = "privacy_"
-NEEDED = ("epsilon", "delta", "clip", "noise_multiplier", "participants", "merges", "drawn_share", "replaced")
+NEEDED = ("epsilon", "delta", "clip", "noise_multiplier", "participants", "merges", "replaced")
 SCOPE = (
     "It covers what is learned from the global adapters, of all rounds. It does not cover what the server sees: activations at the cut, "
-    "labels, each client's update; nor the figures of single clients in journal and report."
+    "labels, each client's update; nor the figures of single clients in journal and report; nor the losses measured on clients' own "
+    "held-out rows, which are published each round. It is a claim about real numbers: what the rounding of floating-point noise gives "
+    "away (Mironov 2012) is outside of it."
 )
 
 
@@ -19,10 +21,8 @@ def claim_of(metrics: Mapping[str, float | None]) -> str | None:
     if len(values) < len(NEEDED) or values["clip"] <= 0 or values["noise_multiplier"] <= 0:
         return None
     unit = "one client's data replaced by anything" if values["replaced"] else "one client's update counted as zero"
-    drawn = values["drawn_share"]
-    sampling = f"{drawn:.3g} of the clients drawn in secret for each" if drawn < 1 else "every client counted as taking part in each"
     return (
         f"client-level differential privacy, epsilon {values['epsilon']:.3g} at delta {values['delta']:.2g} ({unit}): "
         f"clip {values['clip']:.3g}, noise {values['noise_multiplier']:.3g} clips on the sum of {values['participants']:.0f} updates, "
-        f"{values['merges']:.0f} merges, {sampling}"
+        f"{values['merges']:.0f} merges, every client counted as taking part in each"
     )

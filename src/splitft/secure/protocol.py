@@ -19,6 +19,10 @@ A client may fall silent at any point; as long as `threshold` are left the sum i
 a client that lies about its values is not found out (nobody sees them), and the server together with c clients learns what those know,
 where 2 threshold > members + c; see `secure_threshold`. Each cohort's sum is seen: with three owners two of them can read the third's.
 Trust comes from certificates: whoever can have false clients certified can surround an honest one with them.
+
+All of this is about these letters. Whoever also sees a client's activations, labels and gradients computes its update again without them;
+whoever gives those gradients chooses what the clients' updates are, and can make a sum that is one client's (Pasquini, Francati, Ateniese
+2022, arXiv 2111.07380). The server of a split training does both.
 """
 
 from __future__ import annotations
@@ -112,7 +116,7 @@ def _cohort_problem(terms: Terms) -> str:
 
 def secure_threshold(members: int, colluding: int | None = None) -> int:
     """The fewest clients that must stay to open a sum, such that the server with so many clients on its side (None: just under a third)
-    learns nothing but sums. Raises ConfigError where no threshold can do that."""
+    learns nothing but sums from these letters. Raises ConfigError where no threshold can do that."""
     wanted = (2 * members) // 3 + 1 if colluding is None else (members + colluding) // 2 + 1
     if wanted > members or members < LEAST_COHORT:
         raise ConfigError(
