@@ -48,6 +48,7 @@ SERVER_MODES: Mapping[str, str] = {
 }
 LONGEST_FIRST = "2511.15404"
 BOTTLENECK = "2311.14030"
+SECURE_AGGREGATION = "1611.04482"
 ASYNCHRONOUS = ("2106.06639", "1903.03934")
 
 
@@ -81,6 +82,8 @@ def _by_field(config: RunConfig) -> Iterator[str]:
         yield LONGEST_FIRST
     if config.bottleneck.channels:
         yield BOTTLENECK
+    if config.secure_aggregation.enabled:
+        yield SECURE_AGGREGATION
     if config.clients.buffer > 0:
         yield from ASYNCHRONOUS
 

@@ -1,4 +1,4 @@
-"""Full references of papers on differential privacy, for `splitft cite`."""
+"""Full references of papers on privacy, for `splitft cite`."""
 
 from __future__ import annotations
 
@@ -19,6 +19,22 @@ PAPERS = (
         "PrivateLoRA For Efficient Privacy Preserving LLM",
         2023,
         "2311.14030",
+    ),
+    Reference(
+        "bonawitz2016practical",
+        "Bonawitz, Keith and Ivanov, Vladimir and Kreuter, Ben and Marcedone, Antonio and McMahan, H. Brendan and Patel, Sarvar and "
+        "Ramage, Daniel and Segal, Aaron and Seth, Karn",
+        "Practical Secure Aggregation for Federated Learning on User-Held Data",
+        2016,
+        "1611.04482",
+    ),
+    Reference(
+        "pasquini2022eluding",
+        "Pasquini, Dario and Francati, Danilo and Ateniese, Giuseppe",
+        "Eluding Secure Aggregation in Federated Learning via Model Inconsistency",
+        2022,
+        "2111.07380",
+        "ACM SIGSAC Conference on Computer and Communications Security",
     ),
     Reference(
         "balle2018improving",
