@@ -116,7 +116,9 @@ def test_what_sizes_no_longer_say_the_server_still_sees(tmp_path: Path, ground: 
     labels = np.frombuffer(packet_of(step, 1).payload, np.uint16)
     assert 0 < int((labels != 65_535).sum()) == step.step().targets < sum(step.lengths) - len(step.lengths)
     _, sent = played(folder, BUCKET, name="shaped", split={"labels": "client"}, exit_uplink="identity")
-    up, back = (next(frame for frame in frames(sent) if frame.kind == kind) for kind in (Type.STEP_UP, Type.GRADIENT_UP))
+    up = next(frame for frame in frames(sent) if frame.kind == Type.STEP_UP)
+    of_it = [frame for frame in frames(sent) if frame.kind == Type.GRADIENT_UP and frame.step().client == up.step().client]
+    back = next(frame for frame in of_it if (frame.step().step, frame.step().micro) == (up.step().step, up.step().micro))
     packet = packet_of(back, 0)
     rows = np.frombuffer(packet.payload, np.float32).reshape(packet.shape)
     assert int((np.abs(rows).max(1) > 0).sum()) == up.step().targets
