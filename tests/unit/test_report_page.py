@@ -272,7 +272,7 @@ def test_the_aggregation_section_is_there_when_it_has_something(tmp_path: Path) 
     assert "aggregation" not in page_of(Journal(), tmp_path / "b")
 
 
-PRIVATE = {"epsilon": 7.5, "delta": 1e-5, "clip": 0.2, "noise_multiplier": 3.8, "participants": 100.0, "merges": 1.0, "drawn_share": 1.0}
+PRIVATE = {"epsilon": 7.5, "delta": 1e-5, "clip": 0.2, "noise_multiplier": 3.8, "participants": 100.0, "merges": 1.0}
 
 
 @pytest.mark.parametrize(
@@ -294,7 +294,7 @@ def test_what_is_hidden_is_said_in_a_sentence_and_constants_have_no_chart(
     page = render_page(load_record(write_events(tmp_path / "run", events)))
     assert says in page
     assert not_said not in page
-    for constant in ("Privacy delta", "Privacy merges", "Privacy drawn share", "Sealed step", "Sealed values"):
+    for constant in ("Privacy delta", "Privacy merges", "Privacy participants", "Sealed step", "Sealed values"):
         assert constant not in page
 
 

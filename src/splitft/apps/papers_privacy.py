@@ -14,13 +14,6 @@ PAPERS = (
         "International Conference on Learning Representations",
     ),
     Reference(
-        "wang2023privatelora",
-        "Wang, Yiming and Lin, Yu and Zeng, Xiaodong and Zhang, Guannan",
-        "PrivateLoRA For Efficient Privacy Preserving LLM",
-        2023,
-        "2311.14030",
-    ),
-    Reference(
         "bonawitz2016practical",
         "Bonawitz, Keith and Ivanov, Vladimir and Kreuter, Ben and Marcedone, Antonio and McMahan, H. Brendan and Patel, Sarvar and "
         "Ramage, Daniel and Segal, Aaron and Seth, Karn",
