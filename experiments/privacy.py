@@ -83,7 +83,7 @@ def measured(name: str, overrides: list[str], folder: Path, model: str) -> dict[
     run = folder / name.replace(" ", "-").replace(",", "").replace(".", "_")
     shutil.rmtree(run, ignore_errors=True)
     command("run", "--quiet", "--name", run.name, *BASE, f"model.path={model}", f"run.folder={folder}", *overrides)
-    command("audit", str(run), "--quiet", "--sequences", "4", "--tokens", "48", "--seconds", "25")
+    command("audit", str(run), "--quiet", "--sequences", "4", "--tokens", "48", "--seconds", "200")
     events = [json.loads(line) for line in (run / "journal.jsonl").read_text("utf-8").splitlines()]
     scored = [event["global"] for event in events if event["event"] == "evaluation"]
     through = [one["perplexity"] for event in events if event["event"] == "bottleneck" for one in event["through"]]

@@ -259,7 +259,7 @@ def test_a_wrong_guess_at_directions_costs_nothing(monkeypatch: pytest.MonkeyPat
     known = audit(case, replace(QUICK, tokens=12), gradients=False).cuts[0].best("K")
     assert known is not None
     assert known.figures.accuracy == 1.0
-    assert known.family["exact, all directions"] > known.family["exact"]
+    assert known.family["exact, own axes, all directions"] > known.family["exact"]
 
 
 def test_the_directions_of_what_arrived() -> None:
@@ -301,3 +301,18 @@ def test_real_states_end_nowhere() -> None:
     _, _, case = scene()
     for cut in (1, 2, 4):
         assert directions_of(Bottom(case.split, bank_of(case, adapted(case).adapters), cut).hidden(case.private)) is None
+
+
+def test_who_has_other_weights_learns_along_axes_of_public_text_too() -> None:
+    """The axes were fitted to the private text; which public text is the better guide to them differs by model, so B tries both."""
+    _, _, case = scene()
+    case = adapted(case, private=case.private[:, :20], trained=case.trained[:, :20])
+    coded = replace(case, settings=replace(case.settings, uplink=Projection(Identity(), dimensions=case.split.hidden_size // 8)))
+    cut = audit(coded, QUICK, gradients=False).cuts[0]
+    known, base = cut.best("K"), cut.best("B")
+    assert known is not None
+    assert base is not None
+    assert {name.partition(",")[2] for name in base.family} == {"", " own axes", " own axes, all directions"}
+    assert base.figures.accuracy == max(base.family.values())
+    assert base.figures.accuracy > base.family["ridge"]
+    assert set(known.family) == {"ridge", "exact"}, "every position had a candidate within the wire's error: nothing else is tried"

@@ -310,6 +310,8 @@ def train_settings(config: RunConfig, components: Components) -> TrainSettings:
 
 
 def rules_of(config: RunConfig, layout: Layout) -> Rules:
+    # A round of fewer than an adapter is hidden among opens no sum: it is not begun.
+    hidden_among = config.secure_aggregation.minimum if config.secure_aggregation.enabled else 0
     return Rules(
         rounds=config.rounds,
         local_steps=config.train.local_steps,
@@ -319,7 +321,7 @@ def rules_of(config: RunConfig, layout: Layout) -> Rules:
         attendance=Attendance(
             config.seed,
             config.clients.participation,
-            config.clients.minimum,
+            max(config.clients.minimum, hidden_among),
             config.clients.deadline_s,
             config.clients.quorum,
             config.clients.late == "partial",

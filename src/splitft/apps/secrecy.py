@@ -30,7 +30,8 @@ def secrecy_clashes(section: SecureAggregationSection, config: RunConfig, built:
     if not built.aggregator.linear:
         yield (
             f'{NAME} shows the rule nothing but the mean, and aggregator "{config.aggregator.name}" looks at single updates: choose '
-            'between hidden ("average", "freeze_a", or "fed_avgm", "fed_adam", "fed_yogi" over one) and checked'
+            'between sums behind masks ("average", "freeze_a", or "fed_avgm", "fed_adam", "fed_yogi" over one) and rules that check '
+            "updates"
         )
     if config.clients.buffer:
         yield f"{NAME} needs clients that end a round together: set clients.buffer to 0"

@@ -127,7 +127,8 @@ class House:
         self.metrics = Metrics(self.status, __version__, f"{PROTOCOL_MAJOR}.{PROTOCOL_MINOR}")
         model = ModelParts.of(checkpoint_folder(config), built.base.anatomy, run.folder / "parts.json")
         self.parts, self.table = ServedParts(model), list(model.table())
-        self.digest, self.shared = model_digest(self.table), shared_config(config, built.base)
+        self.digest = model_digest(self.table)
+        self.shared = [shared_config(config, built.base, seat) for seat in range(config.clients.count)]
         door: Doorkeeper = (
             ByName(run.folder / "names.txt", config.clients.count)
             if identity is None
@@ -176,7 +177,7 @@ class House:
             seat,
             state.round,
             self.config.rounds,
-            self.shared,
+            self.shared[seat],
             self.digest,
             self.table,
             list(OFFERED),

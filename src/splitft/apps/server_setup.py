@@ -161,12 +161,17 @@ def unfit(config: RunConfig, built: Components) -> Iterator[str]:
         yield "model.device_map: the server holds the model on one device; leave it empty"
 
 
-def shared_config(config: RunConfig, base: Base) -> str:
-    """What clients are told of the configuration, as JSON; names of this machine's folders are left out, the weights' type is settled."""
+def shared_config(config: RunConfig, base: Base, seat: int = 0) -> str:
+    """What the client of a seat is told of the configuration, as JSON; names of this machine's folders are left out, the weights' type is
+    settled, and where the policy names this seat's cut that is the only one announced: whose policy file refuses it stays at the door."""
     values = {name: value for name, value in config.model_dump(mode="json").items() if name in SHARED_SECTIONS}
     model = values["model"] | {"path": "embedded", "revision": "", "device_map": "", "dtype": str(base.dtype).removeprefix("torch.")}
     if config.bottleneck.channels:  # the policy's cuts, which clients are not told
         values["bottleneck"]["cuts"] = cuts_of(config, block_count(base.config))
+    named = config.policy.fields.get("cuts") if config.policy.name == "fixed" else None
+    if named:
+        cut = named[seat % len(named)]
+        values["split"] |= {"minimum_cut": cut, "maximum_cut": cut}
     return json.dumps(values | {"model": model})
 
 

@@ -7,8 +7,9 @@ Axes: q tokens, d hidden width, e embedding width, v vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,7 @@ BATCH_SEQUENCES = 32
 HELD_OUT_SHARE = 0.1
 HELD_OUT_TOKENS = 2048
 LEAST_SEQUENCES = 16
+KeyT = TypeVar("KeyT", bound=Hashable)
 
 
 def directions(table: Tensor, vocabulary: int) -> Tensor:
@@ -101,11 +103,11 @@ class Sums:
 
 
 def learn(
-    bottom: Bottom, taps: Mapping[int, Tap], public: TokenRows, table: Tensor, vocabulary: int, until_s: float
-) -> dict[int, Inverter]:
-    """An inverter for every cut of `taps`, from as many rows of `public` as time allows, all of one length; one row in ten is held out."""
-    cuts: Sequence[int] = sorted(taps)
-    sums: dict[int, Sums] = {}
+    bottom: Bottom, taps: Mapping[KeyT, Tap], public: TokenRows, table: Tensor, vocabulary: int, until_s: float
+) -> dict[KeyT, Inverter]:
+    """An inverter for every one of `taps`, from as many rows of `public` as time allows, all of one length; one row in ten is held out."""
+    cuts: Sequence[int] = sorted({tap.plan.cut for tap in taps.values()})
+    sums: dict[KeyT, Sums] = {}
     used, period = 0, round(1 / HELD_OUT_SHARE)
     ids = torch.from_numpy(public.batch(range(len(public)))[0])
     for number, start in enumerate(range(0, len(ids), BATCH_SEQUENCES)):
@@ -115,13 +117,13 @@ def learn(
         states = bottom.at_cuts(batch, cuts)
         # Of the first batch every tenth row is held out too, so that a short text has some.
         held = (torch.arange(len(batch)) + start) % period == 0
-        for cut in cuts:
-            arrived = taps[cut].public(states[cut], number).float().cpu()
+        for key, tap in taps.items():
+            arrived = tap.public(states[tap.plan.cut], number).float().cpu()
             width = arrived.shape[-1]
-            if cut not in sums:
-                sums[cut] = Sums(vocabulary, arrived.reshape(-1, width))
-            sums[cut].add(arrived[~held].reshape(-1, width), batch[~held].reshape(-1))
+            if key not in sums:
+                sums[key] = Sums(vocabulary, arrived.reshape(-1, width))
+            sums[key].add(arrived[~held].reshape(-1, width), batch[~held].reshape(-1))
             if bool(held.any()):
-                sums[cut].hold(arrived[held].reshape(-1, width), batch[held].reshape(-1))
+                sums[key].hold(arrived[held].reshape(-1, width), batch[held].reshape(-1))
         used += len(batch)
-    return {cut: sums[cut].fit(table, used) for cut in cuts}
+    return {key: made.fit(table, used) for key, made in sums.items()}

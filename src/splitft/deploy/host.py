@@ -234,6 +234,8 @@ class Host:
                 self.strike(seat, 0, ProtocolError(event.text, "run the same splitft version on both sides."))
         elif isinstance(event, Arrived) and event.message.kind == Letter.READY:
             self._settle(seat, event.message)
+        elif isinstance(event, Arrived) and event.message.kind == Letter.REFUSED and seat.ready is None:
+            self._declined(seat, event.message)
 
     def _settle(self, seat: Seat, message: Message) -> None:
         """A client says it can take part."""
@@ -244,6 +246,15 @@ class Host:
             seat.ready = ready
             self.status.seat(seat.number, state="ready", memory_bytes=ready.memory_bytes)
             self.status.event("info", f"ready with {ready.rows} rows of training data", seat.number)
+        except ProtocolError as problem:
+            self.strike(seat, 0, problem)
+        finally:
+            message.release()
+
+    def _declined(self, seat: Seat, message: Message) -> None:
+        """A client has read what the run is about, and says why it does not take part."""
+        try:
+            self.status.event("warning", f"does not take part: {read(Refused, message.payload).text}", seat.number)
         except ProtocolError as problem:
             self.strike(seat, 0, problem)
         finally:

@@ -144,7 +144,7 @@ class Measurement:
         elif kind == Letter.OPENED:
             read(OpenedLetter, data)
         elif kind == Letter.REFUSED:
-            read(Refused, data)
+            self.conductor.host.status.event("warning", f"declines the measurement: {read(Refused, data).text}", client)
             del self.left[client]
         elif kind == Letter.FRAME and data[4:5] in (bytes([Type.SCORE_UP]), bytes([Type.SCORE_END])):
             reply = self.scorer.answer(client, data)

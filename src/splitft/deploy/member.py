@@ -128,7 +128,13 @@ class Member:
         self.seat, self.run_name, self.sealing = welcome.seat, welcome.run, None
         self.listen("welcome", {"welcome": welcome})
         self.link.limit_bytes = PART_BYTES + MAX_LETTER_BYTES
-        ready = self.workshop.settle(welcome, self.fetch)
+        try:
+            ready = self.workshop.settle(welcome, self.fetch)
+        except (Interrupted, SessionLost, SessionClosed, TransportRefused):
+            raise
+        except SplitftError as problem:
+            self._decline(welcome.round, problem)
+            raise
         self.link.limit_bytes = max(self.link.limit_bytes, self.workshop.limit_bytes())
         # A run's name may come back; what belongs together is the run, the seat, the model and the text.
         named = hashlib.sha256(f"{welcome.run}\0{welcome.seat}\0{welcome.model}\0{ready.data}".encode()).hexdigest()[:16]
@@ -172,7 +178,7 @@ class Member:
             except (Interrupted, ExcludedError, SessionLost, SessionClosed, TransportRefused):
                 raise
             except SplitftError as problem:  # the server need not wait for this client
-                self.link.send(Letter.REFUSED, pack(Refused(present.round, problem.message[:2000], problem.remedy[:2000], final=True)))
+                self._decline(present.round, problem)
                 raise
 
     def _measure(self, opened: Open) -> None:
@@ -224,8 +230,13 @@ class Member:
                 raise ProtocolError(f"letter {message.kind} of a sealing this client is not in.", "check the server's version.")
             self.link.send(*self.sealing.answer(message.kind, bytes(message.payload)))
         except SplitftError as problem:
-            self.link.send(Letter.REFUSED, pack(Refused(self.round, problem.message[:2000], problem.remedy[:2000], final=True)))
+            self._decline(self.round, problem)
             raise
+
+    def _decline(self, index: int, problem: SplitftError) -> None:
+        """Tell the server, before this client leaves, what it will not or cannot do."""
+        with suppress(SessionLost, SessionClosed, TransportRefused):  # the client's own operator is told in any case
+            self.link.send(Letter.REFUSED, pack(Refused(index, problem.message[:2000], problem.remedy[:2000], final=True)))
 
     def _state_for(self, opened: Open) -> ClientState:
         """What the server says to begin from. Raises CheckpointError when it is not there."""
