@@ -48,7 +48,7 @@ def test_a_known_adapter_gives_every_token_away_and_the_base_nearly_every(uplink
     assert "fused" in base.family
     assert torch.equal(made.cuts[0].found["K"], case.private)
     assert made.labels_sent
-    assert made.verdict.text == "labels are sent: text is disclosed"
+    assert made.verdict.text.startswith("labels are sent: text is disclosed; the states alone: disclosed: ")
 
 
 @pytest.mark.timeout(60)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -64,7 +65,9 @@ def test_a_run_folder_is_audited_and_its_report_says_so(folder: Path) -> None:
     assert "K adapter known" in done.output
     page = (folder / "report.html").read_text()
     assert NONE_MADE not in page
-    assert "Leakage audit after round 1, cut 1: labels are sent: text is disclosed. Share of tokens recovered: K " in page
+    assert "Leakage audit after round 1, cut 1: labels are sent: text is disclosed; the states alone: " in page
+    assert re.search(r"Share of tokens recovered: K \(knows the adapter\) [01]\.\d{3}, ", page)
+    assert '<a href="audit.svg">Plot</a>' in page
     ElementTree.fromstring((folder / "audit.svg").read_text())
 
 
@@ -96,7 +99,7 @@ def test_the_report_says_with_what_an_audit_was_made(folder: Path, public: str) 
     try:
         (folder / "audit.json").write_text(json.dumps(other))
         line = leakage_line(folder, 1)
-        assert "L not reached in the time given" in line
+        assert "L (reads labels from gradients) not reached in the time given" in line
         assert "L 0.000" not in line
         assert line.endswith("over 4 visits of the text. Note: only half was reached.")
         del other["visits"]  # as audits were before visits were counted

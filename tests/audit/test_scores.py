@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from splitft.audit.base import Figures, Finding, Floors, Options
+from splitft.audit.base import Figures, Finding, Floors, Options, Verdict
 from splitft.audit.public import apart, frequencies, notable_tokens, public_text, shuffled
 from splitft.audit.scores import common_rate, floors_of, language_model_rate, rare_tokens, rouge_l, score, wilson
 from splitft.audit.verdict import verdict_of, word_of
@@ -118,7 +118,11 @@ def test_words(made: Finding, word: str) -> None:
 def test_the_worst_attacker_gives_the_verdict_and_nothing_found_is_no_proof() -> None:
     assert verdict_of([finding(0.01), finding(0.2), finding(0.16)], FLOORS, False).text.startswith("partly disclosed: 0.200")
     assert verdict_of([finding(0.01)], FLOORS, False).text.endswith("(not a proof)")
-    assert verdict_of([finding(0.01)], FLOORS, True).text == "labels are sent: text is disclosed"
+    sent = "labels are sent: text is disclosed"
+    assert verdict_of([], FLOORS, True).text == sent
+    for share in (0.01, 0.6):
+        beside = verdict_of([finding(share)], FLOORS, False).text
+        assert verdict_of([finding(share)], FLOORS, True) == Verdict("disclosed", f"{sent}; the states alone: {beside}")
 
 
 def document(text: str, origin: str) -> Document:

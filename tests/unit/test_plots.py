@@ -49,6 +49,7 @@ def test_integer_ticks_are_whole_and_inside(low: int, high: int) -> None:
         ([0, 1], ["0.0", "0.2", "0.4", "0.6", "0.8", "1.0"]),
         ([0, 100], ["0", "20", "40", "60", "80", "100"]),
         ([-1, 1], ["−1.0", "−0.5", "0.0", "0.5", "1.0"]),
+        ([0, 4e-8], ["0", "1e−08", "2e−08", "3e−08", "4e−08"]),
     ],
 )
 def test_tick_texts(values: list[float], texts: list[str]) -> None:

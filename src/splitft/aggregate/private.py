@@ -30,6 +30,8 @@ UPDATES, STILL = "private.updates", "private.still"
 SEEDED = "the noise can be taken off by whoever knows the seed"
 # An update shorter than this share of the clip is no change: what is left where nothing was learned is rounding.
 STANDING = 1e-9
+# What the field is where nobody has set it: beside an epsilon it is not used.
+GIVEN_BY_DEFAULT = 1.0
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ class Private(Wrapper):
 
     references: ClassVar[tuple[str, ...]] = ("1710.06963", "1805.06530", "1905.03871", "1808.00087")
     rule: Aggregator = field(default_factory=FreezeA)
-    noise_multiplier: float = 1.0
+    noise_multiplier: float = GIVEN_BY_DEFAULT
     epsilon: float = 0.0
     delta: float = 0.0
     unit: Literal["replace", "absent"] = "replace"
@@ -103,6 +105,11 @@ class Private(Wrapper):
         require_number("delta", self.delta, "a number from 0 to below 1", lambda value: 0 <= value < 1, see)
         for name in ("clients", "rounds", "secret_seed"):
             require_count(name, getattr(self, name), 0, see)
+        if self.epsilon > 0 and self.noise_multiplier != GIVEN_BY_DEFAULT:
+            raise ConfigError(
+                f"aggregator.epsilon is {self.epsilon:g} and noise_multiplier {self.noise_multiplier:g}; each follows from the other.",
+                "give one of the two.",
+            )
         if self.unit not in ("replace", "absent"):
             raise ConfigError(f'aggregator.unit is {self.unit!r}; allowed are "replace" and "absent".', see)
 

@@ -123,6 +123,8 @@ def request_of(arguments: list[str] | None, client: int, steps: int, sweep: bool
     run_dir = path if path is not None and path.is_dir() else None
     if run_dir is not None and not (run_dir / "config.toml").is_file():
         raise ConfigError(f"{run_dir} is not a run folder: it has no config.toml.", "name a folder such as runs/demo, or a TOML file.")
+    if path is not None and not path.exists() and path.suffix != ".toml":
+        raise ConfigError(f"{path} is not there.", "name a run's folder (splitft run makes it), such as runs/demo, or a TOML file.")
     if steps < 0:
         raise ConfigError(f"--steps is {steps}.", "give 0 or more.")
     return Request(load_config(run_dir / "config.toml" if run_dir else path, overrides), run_dir, client, steps, sweep, public, data)

@@ -25,9 +25,16 @@ if TYPE_CHECKING:
 RECORD_NAME, PLOT_NAME = "audit.json", "audit.svg"
 FORMAT = 1
 STRETCH_TOKENS = 8
+HEADING = 28
 NOT_REACHED = "not reached in the time given"
 NONE_MADE = "No leakage audit was made for this run: a cut reduces what is sent, it does not hide the text."
 SHORT: Mapping[str, str] = {"K": "K adapter known", "B": "B base only", "L": "L labels", "L base": "L labels, base only"}
+LONG: Mapping[str, str] = {
+    "K": "K (knows the adapter)",
+    "B": "B (knows only the base model)",
+    "L": "L (reads labels from gradients)",
+    "L base": "L base (the same without the tail's adapter)",
+}
 COLOURS: Mapping[str, str] = {"K": "c0", "B": "c1", "L": "c2", "L base": "c3"}
 
 
@@ -90,7 +97,7 @@ def leakage_line(run_dir: Path, last_round: int) -> str:
             return NONE_MADE
         findings = [one for cut in record["cuts"] for one in cut["findings"]]
         shares = ", ".join(
-            f"{attacker} {_best_share([one for one in findings if one['attacker'] == attacker])}"
+            f"{LONG.get(attacker, attacker)} {_best_share([one for one in findings if one['attacker'] == attacker])}"
             for attacker in dict.fromkeys(one["attacker"] for one in findings)
         )
         sample = f"{int(record['sequences'])} sequences of {int(record['tokens'])} tokens of client {int(record['client'])}"
@@ -102,6 +109,11 @@ def leakage_line(run_dir: Path, last_round: int) -> str:
     except (OSError, ValueError, KeyError, TypeError, IndexError, SplitftError):
         return NONE_MADE
     return f"Leakage audit after round {last_round}, cut {cuts}: {text}. Share of tokens recovered: {shares}, from {sample}, {made}.{notes}"
+
+
+def plot_counts(run_dir: Path, line: str) -> bool:
+    """Whether `audit.svg` belongs to what `leakage_line` said."""
+    return line != NONE_MADE and (run_dir / PLOT_NAME).is_file()
 
 
 def _best_share(findings: Sequence[Mapping[str, Any]]) -> str:
@@ -123,6 +135,8 @@ def audit_table(audit: Audit) -> Table:
         padding=(0, 1),
         collapse_padding=True,
         pad_edge=False,
+        caption="whole: sequences without a fault; rare: of the rare tokens; open: places where no candidate came near.",
+        caption_justify="left",
     )
     columns = ("cut", "attacker", *(("visit",) if later else ()), "tokens", "95 %", "whole", "ROUGE-L", "rare", "open", "seconds")
     for name in columns:
@@ -157,7 +171,7 @@ def summary_lines(audit: Audit) -> list[str]:
     floors = audit.floors
     lines = [f"Verdict: {audit.verdict.text}."]
     if audit.labels_sent:
-        lines[0] = f"Labels: {audit.verdict.text}, leak = 1.000. Above is what the hidden states alone give away."
+        lines[0] = f"Verdict: {audit.verdict.text}. The label leak is 1.000; above is what the hidden states alone give away."
     lines.append(
         f"By chance: {floors.uniform:.4f} (one token in the vocabulary), {floors.common:.3f} (the most common token), "
         f"{floors.language_model:.3f} (the base model's first choice with the true text before it)."
@@ -176,12 +190,18 @@ def plot(audit: Audit) -> str:
     axis = "cut" if several else "position in the text"
     chart = LineChart(tuple(series), axis, "share of tokens recovered", whole_x=True, zero=True, x_scale=None if several else _span(places))
     said = f"{audit.verdict.text}. Model alone: the base model's first choice with the true text before it."
-    svg = chart.draw().svg("audit", f"Tokens recovered by {axis}", said)
-    ground = '<rect width="100%" height="100%" style="fill:var(--card)"/>'
+    drawing, title = chart.draw(), f"Tokens recovered by {axis}"
+    head, body = drawing.svg("audit", title, said).split("</desc>", 1)
+    size = f"{drawing.width:g} {drawing.height:g}"
+    # The drawing has no heading of its own: in a report that stands in the page.
+    assert f'viewBox="0 0 {size}"' in head
+    head = head.replace(f'viewBox="0 0 {size}"', f'viewBox="0 {-HEADING} {drawing.width:g} {drawing.height + HEADING:g}"')
+    head = head.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
+    ground = f'<rect y="{-HEADING}" width="100%" height="100%" style="fill:var(--card)"/>'
+    style = "fill:var(--ink);font-size:13px;font-weight:600"
+    heading = f'<text x="8" y="{5 - HEADING / 2:g}" style="{style}">{title} (K knows the adapter, B only the base model)</text>'
     font = "svg{font-family:system-ui,sans-serif}"
-    head, body = svg.split("</desc>", 1)
-    namespace = head.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
-    return f"{namespace}</desc><style>{plot_sheet()}{font}</style>{ground}{body}\n"
+    return f"{head}</desc><style>{plot_sheet()}{font}</style>{ground}{heading}{body}\n"
 
 
 def _series(audit: Audit, attacker: Attack, several: bool) -> Series:

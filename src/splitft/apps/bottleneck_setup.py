@@ -13,7 +13,7 @@ from torch import Tensor
 
 from splitft.apps.report_files import write_atomically
 from splitft.bottleneck import Pair, begin, pair_of, principal
-from splitft.compress.noise import Noise
+from splitft.compress.noise import Noise, noise_in
 from splitft.data.federate import public_rows
 from splitft.data.python_docs import PythonDocs
 from splitft.errors import ConfigError, DataError
@@ -100,6 +100,8 @@ def with_noise(section: BottleneckSection, uplink: Codec) -> Codec:
     """The uplink with the bottleneck's noise around it: drawn and kept as any of codec `noise`. Raises ConfigError over other noise."""
     if not section.channels or not section.noise:
         return uplink
+    if noise_in(uplink) is not None:
+        raise ConfigError("bottleneck.noise and the codec of uplink both put noise on what leaves at the cut.", "leave out one of them.")
     # In both forms the unit is the root mean square of a row; the codec's own unit with a clip is the row's length.
     multiple = section.noise / section.channels**0.5 if section.clip else section.noise
     return Noise(uplink, section.clip, multiple)

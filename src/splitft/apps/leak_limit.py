@@ -48,8 +48,8 @@ def bounded(config: RunConfig) -> tuple[RunConfig, str]:
         reason = " Labels come out of the gradients that a U-shape returns, whatever the cut." if labels else ""
         raise ConfigError(
             f"no cut keeps to split.max_leak = {limit:g}: recovered was {told}.{reason}",
-            "depth hides little; put noise over a projection on uplink, and noise on exit_uplink for labels (docs/privacy.md), "
-            "or raise the limit.",
+            "depth hides little; noise with few channels hides more (bottleneck = { channels = N, noise = 1.0 }), and noise on exit_uplink "
+            "hides labels (docs/privacy.md); or raise the limit.",
         )
     text = f"split.max_leak = {limit:g}: recovered was {told} (95 % interval)"
     if _fixed(config):

@@ -120,6 +120,9 @@ def show_plan(config: RunConfig) -> None:
         title = f"{config.model.path} on {profile.name}, server {server.name}, {step}"
         render_plan(mark_configured(plan_table(costs, profile, reference_s), planned, reason), console, title)
     note = f"No data were read: every row counts as full ({config.tokens.block_tokens} tokens). A run takes each client's mean row length."
+    if not config.clients.count:
+        held = f"{len(profiles)} client{'s' if len(profiles) > 1 else ''}"
+        note += f" clients.count = 0: the data decide how many clients there are, and what is sent in all is counted for {held} below."
     console.print(Text(note, style="dim"))
     cuts = undealt_cuts(config, len(profiles)) or starting_cuts(components.policy, shape, profiles, costs)
     show_codecs(config, components, costs, cuts, base.dtype)

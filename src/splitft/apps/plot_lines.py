@@ -10,6 +10,7 @@ from splitft.apps.report_text import is_number, number_text, shorten
 
 LABEL_CHARACTERS = 16
 MARKER_GAP_PX = 18
+LEFT_PX = 52.0
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,9 @@ class LineChart:
         drawing = Drawing(self.width, self.height)
         labels = [item for item in self.series if item.label and _last(item)]
         right = max([text_px(shorten(item.name, LABEL_CHARACTERS)) + 16 for item in labels], default=18)
-        x, y = self._scales(52, self.width - right, 26, self.height - 44)
+        _, y = self._scales(LEFT_PX, self.width - right, 26, self.height - 44)
+        left = max(LEFT_PX, 12 + max((text_px(y.tick_text(tick)) for tick in y.ticks), default=0.0))
+        x, y = self._scales(left, self.width - right, 26, self.height - 44)
         draw_axes(drawing, x, y, self.x_title, self.y_title + (", log scale" if y.log else ""))
         for rule in self.rules:
             drawing.line(x(rule), y.end_px, x(rule), y.start_px, "rule")

@@ -14,6 +14,8 @@ HUES = 6
 HALF_PX = 560
 WIDE_PX = 1160
 CHARACTER_PX = 7.1
+# Ticks that would need more are written as powers of ten.
+MOST_DECIMALS = 5
 Point = tuple[float, float | None]
 
 
@@ -45,6 +47,8 @@ class Scale:
             decimals += 1
         elif not decimals and not math.isclose(step, round(step), rel_tol=1e-6):
             decimals = 1
+        if decimals > MOST_DECIMALS and max(map(abs, self.ticks)) < 100 * step:  # near zero: three figures tell ticks apart
+            return f"{round(value / step) * step:.3g}".replace("-", "\N{MINUS SIGN}")
         return f"{value:,.{decimals}f}".replace("-", "\N{MINUS SIGN}")
 
 

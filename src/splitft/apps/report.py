@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from splitft.apps.audit_page import leakage_line
+from splitft.apps.audit_page import PLOT_NAME, leakage_line, plot_counts
 from splitft.apps.report_codecs import codec_rows
 from splitft.apps.report_files import write_atomically
 from splitft.apps.report_page import LEAKAGE_NOTE, render_page
@@ -26,7 +26,8 @@ def write_report(run_dir: Path) -> Path:
     """Write `report.html` into the run folder and return its path. Works on a run that is still going. Raises `CheckpointError`."""
     record = load_record(run_dir)
     last_round = record.rounds[-1].round if record.rounds else 0
-    page = render_page(record, leakage_line(Path(run_dir), last_round))
+    leakage = leakage_line(Path(run_dir), last_round)
+    page = render_page(record, leakage, PLOT_NAME if plot_counts(Path(run_dir), leakage) else "")
     return write_atomically(Path(run_dir) / REPORT_NAME, page.encode("utf-8"))
 
 

@@ -51,8 +51,9 @@ _PATTERNS = (
 NO_CLAIM = "Rule private clipped the updates; no differential privacy is claimed: there was no noise, or its seed is known."
 
 
-def render_page(record: RunRecord, leakage: str = LEAKAGE_NOTE) -> str:
-    """The whole document; equal records give equal bytes. `leakage` says what an audit found, or that none was made."""
+def render_page(record: RunRecord, leakage: str = LEAKAGE_NOTE, leakage_plot: str = "") -> str:
+    """The whole document; equal records give equal bytes. `leakage` says what an audit found, or that none was made; `leakage_plot` is the
+    name of its plot in the run's folder."""
     sections = [
         ("learning", "Learning", learning_figures(record)),
         ("aggregation", "Aggregation", aggregation_figures(record)),
@@ -65,7 +66,8 @@ def render_page(record: RunRecord, leakage: str = LEAKAGE_NOTE) -> str:
     optional = ("aggregation", "codecs")
     sections = [(key, title, figures) for key, title, figures in sections if figures or tables.get(key) or key not in optional]
     keys = [key for key, _, _ in sections]
-    notes = f'<p class="note" role="note">{escape(leakage)}</p>{_claim(record)}{_sealed(record)}{_warnings(record)}'
+    plot = f' <a href="{escape(leakage_plot)}">Plot</a>' if leakage_plot else ""
+    notes = f'<p class="note" role="note">{escape(leakage)}{plot}</p>{_claim(record)}{_sealed(record)}{_warnings(record)}'
     body = [_PATTERNS, _header(record, [*keys, "configuration"]), f"<main>{_key_figures(record)}", notes]
     for key, title, figures in sections:
         inner = "".join(_figure(figure) for figure in figures)

@@ -16,7 +16,7 @@ from splitft import __version__
 from splitft.apps.assemble import Assembly, OnStage, assemble
 from splitft.apps.bottleneck_check import measured_through
 from splitft.apps.bottleneck_setup import write_bottleneck
-from splitft.apps.leak_limit import bounded
+from splitft.apps.leak_limit import SECONDS, bounded
 from splitft.apps.privacy_setup import cautions, private_in, told_before
 from splitft.apps.report_files import write_atomically
 from splitft.apps.secrecy import secrecy_of
@@ -65,6 +65,7 @@ class FederatedRun:
             told = ""
             if resume is None:  # afterwards the saved configuration has what was found
                 if config.split.max_leak < 1.0:
+                    listen("told", {"text": f"Measuring what the cuts leak (split.max_leak): {SECONDS:g} s at most for each."})
                     listen("stage", {"name": "measure what the cuts leak"})
                 config, told = bounded(config)
             self.config, self._told = config, told

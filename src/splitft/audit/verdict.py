@@ -27,9 +27,11 @@ WORDS: tuple[Word, ...] = ("not recovered by these attacks", "partly disclosed",
 
 
 def verdict_of(findings: Sequence[Finding], floors: Floors, labels_sent: bool) -> Verdict:
-    """The verdict over several attackers: that of the one that got furthest. Without findings nothing was tried, and nothing was found."""
+    """The verdict over several attackers: that of the one that got furthest. Without findings nothing was tried, and nothing was found.
+    Where labels are sent they decide, and what the states alone give away is said behind."""
     if labels_sent:
-        return Verdict("disclosed", LABELS_SENT)
+        beside = f"; the states alone: {verdict_of(findings, floors, False).text}" if findings else ""
+        return Verdict("disclosed", LABELS_SENT + beside)
     worst = max(findings, key=lambda one: (WORDS.index(word_of(one, floors)), one.figures.accuracy), default=None)
     if worst is None:
         return Verdict("not recovered by these attacks", f"not recovered by these attacks ({NOT_A_PROOF})")

@@ -52,6 +52,16 @@ function ticks(low, high, wanted) {
   return found;
 }
 
+// Ticks of a time axis with their labels, in units that people count in.
+const spans = [60, 120, 300, 600, 900, 1800, 3600, 7200, 14400, 21600, 43200, 86400];
+
+function timeTicks(span, wanted) {
+  if (span <= 120) return ticks(0, span, wanted).map((at) => [at, `${brief(at)} s`]);
+  const step = spans.find((size) => span / size <= wanted) || 86400 * Math.ceil(span / 86400 / wanted);
+  const [size, unit] = step < 3600 ? [60, "min"] : step < 86400 ? [3600, "h"] : [86400, "d"];
+  return Array.from({ length: Math.floor(span / step + 1e-9) + 1 }, (_, index) => [index * step, `${brief(index * step / size)} ${unit}`]);
+}
+
 // One frame for curves and bars: axes, scales, and a line that follows the pointer and reads the values.
 function frame(place, rounds, low, high, text, label, first) {
   const width = Math.max(260, Math.floor(place.clientWidth)), height = width < 420 ? 176 : 214;
@@ -159,9 +169,9 @@ function drawTimeline(place, bars, named) {
   const from = Math.min(...bars.map((bar) => bar[2])), to = Math.max(...bars.map((bar) => bar[3]), from + 1e-6);
   const x = (at) => left + ((at - from) / (to - from)) * (right - left);
   const svg = node("svg", { viewBox: `0 0 ${width} ${height}`, height, role: "img", "aria-label": "Who did what when in the latest round" });
-  for (const at of ticks(0, to - from, width < 560 ? 3 : 8)) {
+  for (const [at, label] of timeTicks(to - from, width < 560 ? 3 : 8)) {
     svg.append(node("line", { class: "grid", x1: x(at + from), x2: x(at + from), y1: 2, y2: bottom }));
-    svg.append(node("text", { x: x(at + from), y: height - 7, "text-anchor": "middle" }, `${brief(at)} s`));
+    svg.append(node("text", { x: x(at + from), y: height - 7, "text-anchor": "middle" }, label));
   }
   seats.forEach((seat, row) => {
     const name = named(seat), most = width < 560 ? 11 : 20;
