@@ -3,6 +3,7 @@
     python -m experiments.privacy                          the embedded model, about ten minutes on two cores
     python -m experiments.privacy --model FOLDER           another one
     python -m experiments.privacy --again noise trained    the rows with one of these words in their name once more (no words: all)
+    python -m experiments.privacy --again noise --audit    the same, of the runs that are there: only their audits are made anew
 
 Every row is a whole run (`splitft run`) and an audit of its end (`splitft audit`); rows that are there already are kept. Results go to
 experiments/results/privacy-NAME.json and, as a table, to standard output.
@@ -61,6 +62,12 @@ def rows(blocks: int, width: int) -> dict[str, list[str]]:
         f"trained, {quarter}, noise 1 rms": [cut, *trained(quarter, noise=1.0)],
         f"trained, {quarter // 2}, noise 1 rms": [cut, *trained(quarter // 2, noise=1.0)],
         f"U-shape, head, trained, {quarter}, noise 1 rms": [cut, *client, *trained(quarter, noise=1.0)],
+        f"U-shape, head, axes kept, {quarter // 2}, noise 1 rms both ways": [
+            cut,
+            *client,
+            *trained(quarter // 2, learning_rate=0.0, noise=1.0),
+            'exit_uplink={name="noise",clip=0,multiple=1.0,inner={name="cast"}}',
+        ],
     }
 
 
@@ -78,12 +85,13 @@ def command(*arguments: str) -> None:
     subprocess.run([sys.executable, "-m", "splitft", *arguments], check=True, stdout=subprocess.DEVNULL)
 
 
-def measured(name: str, overrides: list[str], folder: Path, model: str) -> dict[str, Any]:
+def measured(name: str, overrides: list[str], folder: Path, model: str, audit_only: bool) -> dict[str, Any]:
     """One row: train, audit, read what both left."""
     run = folder / name.replace(" ", "-").replace(",", "").replace(".", "_")
-    shutil.rmtree(run, ignore_errors=True)
-    command("run", "--quiet", "--name", run.name, *BASE, f"model.path={model}", f"run.folder={folder}", *overrides)
-    command("audit", str(run), "--quiet", "--sequences", "4", "--tokens", "48", "--seconds", "200")
+    if not audit_only or not (run / "adapter").is_dir():
+        shutil.rmtree(run, ignore_errors=True)
+        command("run", "--quiet", "--name", run.name, *BASE, f"model.path={model}", f"run.folder={folder}", *overrides)
+    command("audit", str(run), "--quiet", "--sequences", "4", "--tokens", "48", "--seconds", "400")
     events = [json.loads(line) for line in (run / "journal.jsonl").read_text("utf-8").splitlines()]
     scored = [event["global"] for event in events if event["event"] == "evaluation"]
     through = [one["perplexity"] for event in events if event["event"] == "bottleneck" for one in event["through"]]
@@ -114,7 +122,7 @@ def table(results: dict[str, Any], order: list[str]) -> str:
     lines = [head, "|---|---:|---:|---:|---:|---:|---:|---:|"]
     for name, one in ((name, results["rows"][name]) for name in order):
         leaks = one["leaks"]
-        labels = "sent" if one["labels_sent"] else " / ".join(f"{leaks[key]:.3f}" for key in ("L", "L base") if key in leaks)
+        labels = "sent" if one["labels_sent"] else " / ".join(f"{leaks[key]:.3f}" for key in ("L", "L base", "K+L") if key in leaks)
         ways = [f"{leaks[key]:.3f}" if key in leaks else "" for key in ("K", "B")]
         through = "" if one.get("through") is None else f"{one['through']:.1f}"
         first = f"| {name} | {one['perplexity']:.1f} | {through} | {one['bytes'] / 1e6:.1f} | {one.get('visits', 1)}"
@@ -127,6 +135,7 @@ def main() -> None:
     parser.add_argument("--model", default="embedded")
     parser.add_argument("--folder", type=Path, default=Path("runs/privacy"))
     parser.add_argument("--again", nargs="*", metavar="WORD", help="measure rows again whose name has one of these words; no words: all")
+    parser.add_argument("--audit", action="store_true", help="train nothing that is there: make the audits anew")
     chosen = parser.parse_args()
     from splitft.models.load import load_model_config
 
@@ -138,7 +147,7 @@ def main() -> None:
     for row, overrides in wanted.items():
         if row in results["rows"] and not is_wanted_again(row, chosen.again):
             continue
-        results["rows"][row] = measured(row, overrides, chosen.folder / name, chosen.model)
+        results["rows"][row] = measured(row, overrides, chosen.folder / name, chosen.model, chosen.audit)
         path.write_text(json.dumps(results, indent=1) + "\n", "utf-8")
         print(row, results["rows"][row]["perplexity"], results["rows"][row]["leaks"], file=sys.stderr)
     print(table(results, list(wanted)))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,7 @@ from splitft.data.order import BatchOrder
 from splitft.engine.settings import Federation, TrainSettings
 from splitft.lora import Layout
 from splitft.models.anatomy import without_dropout
+from splitft.models.base import Anatomy
 from splitft.optimizer import AdamW, Schedule
 from splitft.selfcheck import inspect_family, loud
 from splitft.split import SplitModel
@@ -120,9 +123,14 @@ def build_sized(family: str, vocabulary: int) -> tf.PreTrainedModel:
         return loud(tf.AutoModelForCausalLM.from_config(config).float().eval())
 
 
+@functools.cache
+def anatomy_of(family: str, attention: str) -> Anatomy:
+    """What the self-check finds of a family; it takes a tenth of a second, and hundreds of tests ask."""
+    return inspect_family(FAMILIES[family](), family, attention)
+
+
 def split_model(family: str = "gpt2", targets: str | list[str] = "default", attention: str = "sdpa") -> SplitModel:
-    anatomy = inspect_family(FAMILIES[family](), family, attention)
-    return SplitModel(build(family, attention), anatomy, targets)
+    return SplitModel(build(family, attention), replace(anatomy_of(family, attention)), targets)  # a copy: some tests change it
 
 
 def random_rows(count: int, length: int | tuple[int, int], seed: int, prompt: int = 0) -> TokenRows:

@@ -12,8 +12,9 @@ from torch import Tensor
 from splitft.audit.base import Options
 from splitft.audit.bottom import Bottom
 from splitft.audit.gradient import NO_LABEL, client_step, read_labels
-from splitft.audit.run import audit, bank_of, worst_by_cut
+from splitft.audit.run import audit, worst_by_cut
 from splitft.audit.tap import Span, Tap, along, directions_of
+from splitft.audit.visits import bank_of
 from splitft.compress.base import Codec
 from splitft.compress.cast import Cast
 from splitft.compress.error_bounded import ErrorBounded
@@ -63,7 +64,7 @@ def test_noise_in_place_of_the_text_gives_nothing(deviations: float) -> None:
     for finding in made.cuts[0].findings:
         assert max(finding.family.values()) <= 3 * made.floors.chance, finding.family
         assert finding.figures.exact == 0.0
-        assert ("posterior" in finding.family) == (deviations > 0)
+        assert ("beam" in finding.family) == (deviations > 0)
     known = made.cuts[0].best("K")
     assert known is not None
     if not deviations:
@@ -117,7 +118,8 @@ def test_labels_come_out_of_returned_gradients(tail_blocks: int, known: bool, le
     bank = bank_of(case, case.adapters)
     returned = client_step(case, bank, 2)
     end = case.split.blocks - tail_blocks
-    found, reached = read_labels(case.split, bank if known else None, end, returned, float("inf"))
+    read = read_labels(case.split, bank if known else None, end, [returned], float("inf"))
+    found, reached = read.found, read.reached
     counted = returned.labels != IGNORE_LABEL
     assert reached == found.shape[1]
     assert float((found == returned.labels)[counted].double().mean()) >= least
@@ -131,7 +133,7 @@ def test_untrained_positions_have_no_label_to_find() -> None:
     trained[:, 5:12] = False
     case = replace(case, trained=trained)
     returned = client_step(case, bank_of(case, case.adapters), 2)
-    found, _ = read_labels(case.split, None, case.split.blocks, returned, float("inf"))
+    found = read_labels(case.split, None, case.split.blocks, [returned], float("inf")).found
     counted = returned.labels != IGNORE_LABEL
     assert not bool(counted[:, 4:11].any())
     assert torch.equal(found[counted], returned.labels[counted])
@@ -216,8 +218,8 @@ def test_a_wrong_prefix_does_not_pass_for_the_right_one() -> None:
 class Narrow(Tap):
     """Sends and receives states in bfloat16, as a model of that kind does."""
 
-    def _carry(self, stream: Stream, tensor: Tensor, first: int = 0) -> Tensor:
-        return super()._carry(stream, tensor.bfloat16(), first)
+    def _carry(self, stream: Stream, tensor: Tensor, first: int = 0, scaled: bool = False) -> Tensor:
+        return super()._carry(stream, tensor.bfloat16(), first, scaled)
 
 
 @pytest.mark.timeout(120)
@@ -240,7 +242,7 @@ def test_few_axes_hide_nothing_from_who_has_the_axes(monkeypatch: pytest.MonkeyP
         return max(one.figures.accuracy for one in made.cuts[0].findings if one.attacker == "K")
 
     along_the_axes = leak()
-    monkeypatch.setattr("splitft.audit.run.directions_of", lambda arrived: None)
+    monkeypatch.setattr("splitft.audit.visits.directions_of", lambda arrived: None)
     along_all = leak()
     assert along_all < 0.8 * along_the_axes if not noise else along_all <= along_the_axes, (along_all, along_the_axes)
     assert along_the_axes >= (0.9 if not noise else 0.3), along_the_axes
@@ -255,7 +257,7 @@ def test_a_wrong_guess_at_directions_costs_nothing(monkeypatch: pytest.MonkeyPat
     def wrong(arrived: Tensor) -> Span:
         return Span(torch.linalg.qr(torch.randn(arrived.shape[-1], 2, generator=torch.Generator().manual_seed(1))).Q.T, False)
 
-    monkeypatch.setattr("splitft.audit.run.directions_of", wrong)
+    monkeypatch.setattr("splitft.audit.visits.directions_of", wrong)
     known = audit(case, replace(QUICK, tokens=12), gradients=False).cuts[0].best("K")
     assert known is not None
     assert known.figures.accuracy == 1.0

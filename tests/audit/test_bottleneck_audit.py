@@ -61,7 +61,7 @@ def test_fewer_channels_never_leak_more_and_under_noise_few_leak_little() -> Non
     ]
     assert all(one >= other - 0.05 for one, other in pairwise(leaks)), leaks
     assert leaks[0] > 0.9, leaks
-    assert leaks[-1] < 0.3, leaks
+    assert leaks[-1] < 0.5, leaks
 
 
 def test_two_channels_without_noise_are_enough_for_who_knows_the_pair() -> None:
@@ -108,7 +108,7 @@ def test_who_knows_the_base_model_alone_does_not_know_the_trained_pair() -> None
 
 def test_a_copy_of_the_blocks_gives_what_leaves_token_by_token() -> None:
     case = narrow(16)
-    from splitft.audit.run import bank_of
+    from splitft.audit.visits import bank_of
 
     bank = bank_of(case, case.adapters)
     whole, bottom = Bottom(case.split, bank, CUT), Bottom(case.split, bank, CUT, bank)

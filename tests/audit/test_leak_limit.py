@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,17 @@ def test_the_longest_row_of_cuts_is_taken(tmp_path: Path, monkeypatch: pytest.Mo
         measured(monkeypatch, leaks)
         config, _ = leak_limit.bounded(limited(tmp_path, 0.5))
         assert (config.split.minimum_cut, config.split.maximum_cut) == (first, last)
+
+
+def test_what_could_not_be_measured_in_time_is_not_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import splitft.audit.run
+
+    def hasty(case: Case, cuts: Sequence[int], options: Options) -> dict[int, Finding]:
+        return {cut: replace(found(cut, 0.1), complete=cut > 2) for cut in cuts}
+
+    monkeypatch.setattr(splitft.audit.run, "worst_by_cut", hasty)
+    with pytest.raises(ConfigError, match="at cut 1 not all attacks ended"):
+        leak_limit.bounded(limited(tmp_path, 0.5))
 
 
 def test_of_cuts_that_are_named_each_has_to_keep_to_it_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,7 +54,7 @@ def federation_values(folder: Path, seats: int = 3, **changes: Any) -> dict[str,
         "name": "fed",
         "seed": 1,
         "rounds": 3,
-        "model": {"path": str(model), "dtype": "float32"},
+        "model": {"path": str(model), "dtype": "float32", "self_check": False},  # it has tests of its own
         "lora": {"rank": 2, "alpha": 4.0},
         "data": {"name": "text", "path": str(folder / "texts")},
         "partition": {"name": "files"},

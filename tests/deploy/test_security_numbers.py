@@ -163,8 +163,21 @@ REPORT_LIES: dict[str, dict[str, Any]] = {
 }
 
 
+REPORTED: dict[str, Any] = {"rounds": 2, "federation": {"join_s": 5.0}}
+
+
+@pytest.fixture(scope="module")
+def all_honest(tmp_path_factory: pytest.TempPathFactory, ground: Ground) -> torch.Tensor:
+    """The adapters of the run in which nobody lies."""
+    folder = tmp_path_factory.mktemp("honest")
+    ground.copy_to(folder)
+    with scene(folder, **merged(COMMON, {**REPORTED, "name": "honest"})) as fed:
+        honest_first(fed, 3)
+        return adapters_of(fed.end())
+
+
 @pytest.mark.parametrize("lie", REPORT_LIES)
-def test_a_report_of_lies_changes_no_number_of_training(tmp_path: Path, alone: Any, lie: str) -> None:
+def test_a_report_of_lies_changes_no_number_of_training(tmp_path: Path, alone: Any, all_honest: torch.Tensor, lie: str) -> None:
     """The offender's training is honest, its report is not: believed or refused, the run ends with adapters of honest work."""
 
     def tamper(kind: int, payload: bytes) -> list[Said]:
@@ -172,14 +185,10 @@ def test_a_report_of_lies_changes_no_number_of_training(tmp_path: Path, alone: A
             return [(kind, pack(msgspec.structs.replace(read(Report, payload), **REPORT_LIES[lie])))]
         return [(kind, payload)]
 
-    changes: dict[str, Any] = {"rounds": 2, "federation": {"join_s": 5.0}}
-    with scene(tmp_path, **merged(COMMON, changes)) as fed:
+    with scene(tmp_path, **merged(COMMON, REPORTED)) as fed:
         honest_first(fed)
         fed.client(2, link_of=bent(tamper))
         folder = fed.end()
-    with scene(tmp_path, **merged(COMMON, {**changes, "name": "honest"})) as fed:
-        honest_first(fed, 3)
-        with_it = adapters_of(fed.end())
     found = adapters_of(folder)
-    assert torch.equal(found, with_it) or torch.equal(found, alone(changes))
+    assert torch.equal(found, all_honest) or torch.equal(found, alone(REPORTED))
     assert (folder / "journal.jsonl").stat().st_size < 100_000

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -33,9 +34,9 @@ def parts(family: str, attention: str) -> tuple[SplitModel, Layout, torch.Tensor
     row = layout.initial_row(5)
     generator = torch.Generator().manual_seed(1)
     row += 0.1 * torch.randn(row.shape, generator=generator)
-    fed = federation("gpt2", clients=1)
-    reference = peft_model(type(fed)(split, layout, fed.clients, fed.orders, fed.settings, VOCABULARY, fed.device, row), family, attention)
-    load(reference, type(fed)(split, layout, fed.clients, fed.orders, fed.settings, VOCABULARY, fed.device, row), row)
+    fed = replace(federation("gpt2", clients=1), split=split, layout=layout, start=row)
+    reference = peft_model(fed, family, attention)
+    load(reference, fed, row)
     return split, layout, row, reference
 
 
@@ -145,8 +146,9 @@ def test_split_equals_uncut(family: str, attention: str) -> None:
             assert found == pytest.approx(loss, rel=1e-5), f"{padding}, {name}: loss"
             difference = found_gradient - gradient
             assert difference.norm() <= 1e-5 * gradient.norm(), f"{padding}, {name}: gradient"
+            factors = layout.factors(difference)
             for key, (a, b) in layout.factors(gradient).items():  # and no key hides behind larger ones
-                for own, expected in zip(layout.factors(difference)[key], (a, b), strict=True):
+                for own, expected in zip(factors[key], (a, b), strict=True):
                     assert own.abs().max() <= 1e-4 * expected.abs().max() + 1e-7, f"{padding}, {name}: gradient of {key}"
 
 

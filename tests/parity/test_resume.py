@@ -107,6 +107,7 @@ def test_killed_at_ten_random_moments_and_resumed_equals_uninterrupted(reference
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork.*:DeprecationWarning")
+@pytest.mark.parametrize("reference", ["cohort"], indirect=True)  # both engines write by the same code; above both are killed
 @pytest.mark.parametrize("call", ["fsync", "rename", "rmtree"])
 def test_killed_before_every_kth_write_to_disk(reference: tuple[RunConfig, Path], tmp_path: Path, call: str) -> None:
     """Every point at which a file or folder becomes permanent, one after the other: the process dies right before it."""

@@ -53,8 +53,9 @@ def part(numbers: list[int], states: bool = True) -> RoundResult:
     return RoundResult(own, rows, tokens, losses, Ledger(), kept if states else {}, [2 * number for number in numbers])
 
 
-def test_parts_are_joined_in_client_order_one_by_one() -> None:
+def test_parts_are_joined_in_client_order_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each part is put away before the next is made: what the first kept is on the shelf by then."""
+    monkeypatch.setattr("splitft.engine.shelf.BLOCK_BYTES", 48)  # the usual block has millions of rows as small as these
     shelf, plan = MemoryShelf(3), RoundPlan(1, tuple(Plan(number, 1, 1, 2) for number in range(4)), lost=frozenset({2}))
     seen = []
 

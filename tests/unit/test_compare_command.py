@@ -165,7 +165,7 @@ def test_real_runs_end_to_end_with_a_failure_and_more_later(tmp_path: Path, caps
 @pytest.mark.slow
 def test_stopped_by_a_signal_and_gone_on_with(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    arguments = ["compare", tiny(tmp_path, 60), "--seeds", "3", "--jobs", "1", "--folder", str(out), "--name", "c"]
+    arguments = ["compare", tiny(tmp_path, 24), "--seeds", "3", "--jobs", "1", "--folder", str(out), "--name", "c"]
     command = [sys.executable, "-m", "splitft", *arguments]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
     deadline = time.monotonic() + 120

@@ -21,7 +21,9 @@ Open = Callable[[], Shelf]
 
 
 @pytest.fixture(params=["memory", "disk"])
-def open_shelf(request: pytest.FixtureRequest, tmp_path: Path) -> Open:
+def open_shelf(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Open:
+    # Three rows a block: the usual block has millions of rows as small as these.
+    monkeypatch.setattr("splitft.engine.shelf.BLOCK_BYTES", 3 * 4 * PARAMETERS)
     return lambda: MemoryShelf(PARAMETERS) if request.param == "memory" else DiskShelf(tmp_path, CLIENTS, PARAMETERS, KINDS)
 
 

@@ -35,10 +35,6 @@ Arguments = Annotated[
 ]
 
 
-# Visits of a text that are attacked together, unless more are asked for: eight times the noise to draw for public text.
-MOST_VISITS = 8
-
-
 @dataclass(frozen=True)
 class Request:
     """What to audit. `client` -1 is the one with the shallowest cut; `steps` local steps it takes before; `public` a text file or folder in
@@ -56,13 +52,15 @@ class Request:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A case ready to be attacked, and what the record says it is. The run sends each text of the client about `times_sent` times."""
+    """A case ready to be attacked, and what the record says it is. The run sends each text of the client about `times_sent` times, and of
+    no client oftener than `most_sent`."""
 
     case: Case
     cuts: tuple[int, ...]
     facts: dict[str, Any]
     tokenizer: Any
     times_sent: int = 1
+    most_sent: int = 1
 
 
 def audit(
@@ -81,7 +79,7 @@ def audit(
         Path | None, typer.Option("--data", metavar="FILE", help="Text to attack in place of the client's own.", show_default=False)
     ] = None,
     visits: Annotated[
-        int, typer.Option("--visits", metavar="N", help="How often a text came by, where noise is fresh; 0: as in the run, up to 8.")
+        int, typer.Option("--visits", metavar="N", help="How often a text came by, where noise is fresh; 0: as in the run.")
     ] = 0,
     to: Annotated[
         Path | None, typer.Option("--to", metavar="DIR", help="Where audit.json and audit.svg are written.", show_default=False)
@@ -99,7 +97,7 @@ def audit(
             raise ConfigError(f"--visits is {visits}.", "give 1 or more, or 0 for as many as in the run.")
         options = Options(sequences, tokens, seconds, seed=request.config.seed)
         prepared = prepare(request, options)
-        options = replace(options, visits=visits or min(MOST_VISITS, prepared.times_sent))
+        options = replace(options, visits=visits or prepared.times_sent)
     made = attack(prepared.case, options, prepared.cuts)
     folder = to if to is not None else folder_of(request)
     from splitft.apps.audit_page import write_record
@@ -180,7 +178,9 @@ def prepare(request: Request, options: Options) -> Prepared:
         pairs = {one.boundary for one in federation.layout.matrices if one.place == "cut"}
         cuts = tuple(cut for cut in cuts if cut in pairs)
     times = times_sent(request.config, None if state is None else state.round, len(rows))
-    return Prepared(case, cuts, _facts(request, built, state, plan, times), tokenizer, times)
+    fewest = min((len(one.train) for one in federation.clients), default=len(rows))
+    most = max(times, times_sent(request.config, None if state is None else state.round, fewest))
+    return Prepared(case, cuts, _facts(request, built, state, plan, times), tokenizer, times, most)
 
 
 def _facts(request: Request, built: Assembly, state: RunState | None, plan: Plan, times: int) -> dict[str, Any]:

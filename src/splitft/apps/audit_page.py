@@ -28,14 +28,21 @@ STRETCH_TOKENS = 8
 HEADING = 28
 NOT_REACHED = "not reached in the time given"
 NONE_MADE = "No leakage audit was made for this run: a cut reduces what is sent, it does not hide the text."
-SHORT: Mapping[str, str] = {"K": "K adapter known", "B": "B base only", "L": "L labels", "L base": "L labels, base only"}
+SHORT: Mapping[str, str] = {
+    "K": "K adapter known",
+    "B": "B base only",
+    "L": "L labels",
+    "L base": "L labels, base only",
+    "K+L": "K+L together",
+}
 LONG: Mapping[str, str] = {
     "K": "K (knows the adapter)",
     "B": "B (knows only the base model)",
     "L": "L (reads labels from gradients)",
     "L base": "L base (the same without the tail's adapter)",
+    "K+L": "K+L (both together)",
 }
-COLOURS: Mapping[str, str] = {"K": "c0", "B": "c1", "L": "c2", "L base": "c3"}
+COLOURS: Mapping[str, str] = {"K": "c0", "B": "c1", "L": "c2", "L base": "c3", "K+L": "c4"}
 
 
 def config_digest(config: RunConfig) -> str:

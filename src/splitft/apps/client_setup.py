@@ -95,6 +95,7 @@ class ClientWorkshop:
         config = read_config(welcome.config)
         check_table(welcome.parts, welcome.model)
         check_welcome(self.policy, config, welcome.model, self.server_fingerprint)
+        self._hold_to(config)
         self.settled, self._split, self._held = welcome, None, (frozenset(), False)
         self.device = choose_device(self.device_name)
         self.config = config
@@ -107,7 +108,7 @@ class ClientWorkshop:
         self.anatomy = inspect_family(self.base, str(self.folder), self.attention, config.model.self_check)
         self.components = build_components(_with_one_cut(config) if config.secure_aggregation.enabled else config)
         self.settings = train_settings(config, self.components)
-        if any(noise_in(codec) is not None for codec in (*self.settings.codecs, self.settings.adapter_uplink)):
+        if self._noisy():
             # Drawn from the run's seed, which the server knows, it could be taken off again.
             self.settings = replace(self.settings, secret=int.from_bytes(self._noise_key(), "big"))
         up, _, _, exit_up = self.settings.codecs
@@ -142,6 +143,19 @@ class ClientWorkshop:
             device=self.device.type,
         )
         return self._ready
+
+    def _hold_to(self, config: RunConfig) -> None:
+        """Raise PolicyError for another configuration under noise: another seed makes other rows of a batch that has been counted."""
+        if self._ready is not None and self.settled is not None and self._noisy() and config != read_config(self.settled.config):
+            raise PolicyError(
+                "the server's configuration is another than when this client came in, which has noise put on what it sends: with another "
+                "seed or other batches its rows would be counted anew.",
+                "start the client again if you agree to it.",
+            )
+
+    def _noisy(self) -> bool:
+        """Whether the run that was settled puts noise on anything a client sends."""
+        return any(noise_in(codec) is not None for codec in (*self.settings.codecs, self.settings.adapter_uplink))
 
     def _on_cpu_sdpa(self) -> bool:
         return self.device.type == "cpu" and self.config.model.attention == "sdpa"
@@ -266,7 +280,8 @@ class ClientWorkshop:
             )
         split, evaluate = self.config.split, self.config.evaluate
         announced = (split.labels == "client", split.tail_blocks, evaluate.batch_size, evaluate.max_rows)
-        if (start.exit_on_client, start.tail_blocks, start.batch_size, start.max_rows) != announced:
+        asked = (start.exit_on_client, start.tail_blocks, start.batch_size, start.max_rows)
+        if asked != announced or not 0 <= start.round <= self.config.rounds:
             raise ProtocolError(f"measurement {start.round} differs from what the server announced.", "ask its operator.")
 
     def insider(self, seat: int) -> Insider | None:

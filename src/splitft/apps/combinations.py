@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from splitft.apps.bottleneck_setup import bottleneck_clashes
 from splitft.apps.secrecy import secrecy_clashes
+from splitft.work.equal import Equal
 
 if TYPE_CHECKING:
     from splitft.apps.assemble import Components
@@ -98,7 +99,8 @@ def _of_folding(config: RunConfig, built: Components) -> Iterator[str]:
 
 
 def _of_privacy(config: RunConfig, built: Components) -> Iterator[str]:
-    """What would break the claim of a private rule: more of one client in a merge than it clips, or decisions by raw updates."""
+    """What would break the claim of a private rule: more of one client in a merge than it clips, decisions by raw updates, and rounds in
+    which the data of one client decide how many come through, or how many steps another takes."""
     from splitft.apps.privacy_setup import private_in
 
     found = private_in(built.aggregator)
@@ -111,6 +113,17 @@ def _of_privacy(config: RunConfig, built: Components) -> Iterator[str]:
     }
     for text in (text for text, is_set in wanted.items() if is_set):
         yield f'aggregator "private" counts each client once in every round, clipped and with noise, which {text} does not keep to'
+    if config.clients.deadline_s > 0:
+        yield (
+            f'clients.deadline_s = {config.clients.deadline_s:g} with clients.late = "{config.clients.late}": longer texts take longer, so '
+            "who comes through, and with how many steps, would depend on a client's data, and the number of participants and the noise "
+            'that are published with it, which aggregator "private" does not cover: set clients.deadline_s = 0'
+        )
+    if not isinstance(built.work, Equal):
+        yield (
+            f'work "{config.work.name}" divides steps by the time they take, which follows from the lengths of texts: one client\'s data '
+            'would change the updates of all others, and aggregator "private" bounds its own alone: set work = "equal"'
+        )
 
 
 def _of_merging(config: RunConfig, built: Components) -> Iterator[str]:

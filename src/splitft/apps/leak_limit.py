@@ -8,15 +8,16 @@ from splitft.config import RunConfig, override
 from splitft.errors import ConfigError
 
 # Rows and tokens of each that are attacked at every cut: a bound to plan with, where the audit itself gives a figure to report.
-SEQUENCES, TOKENS, SECONDS = 2, 48, 30.0
+SEQUENCES, TOKENS, SECONDS = 4, 48, 120.0
 
 
 def bounded(config: RunConfig) -> tuple[RunConfig, str]:
     """The configuration with bounds between which every cut a policy may choose keeps to `split.max_leak`, and a sentence on what was
     found. Raises ConfigError where no cut does, or a cut that is named does not, and where labels are sent, which are the text.
 
-    The attackers are K, over as many visits of a text as are planned, and L of docs/privacy.md, through the run's own codecs, on the text
-    of the client with the shallowest cut. What is compared is the upper end of the figure's 95 % interval.
+    The attackers are K, L and both together of docs/privacy.md, through the run's own codecs, on the text of the client with the
+    shallowest cut, over as many visits of a text as the client with the fewest rows makes. What is compared is the upper end of the
+    figure's 95 % interval; a cut where time was too short for all attacks is not taken for measured.
     """
     limit = config.split.max_leak
     if limit >= 1.0:
@@ -28,7 +29,7 @@ def bounded(config: RunConfig) -> tuple[RunConfig, str]:
         )
     from dataclasses import replace
 
-    from splitft.apps.audit_command import MOST_VISITS, Request, prepare
+    from splitft.apps.audit_command import Request, prepare
     from splitft.audit.base import Options
     from splitft.audit.run import worst_by_cut
 
@@ -36,12 +37,17 @@ def bounded(config: RunConfig) -> tuple[RunConfig, str]:
     free = override(config, ["split.max_leak=1.0"])
     # A policy may begin with whole models on clients, where nothing crosses, and not stay there.
     prepared = prepare(Request(free, None, -1, 0, True, None, cut=config.split.minimum_cut), options)
-    options = replace(options, visits=min(MOST_VISITS, prepared.times_sent))
+    options = replace(options, visits=prepared.most_sent)
     wanted = _cuts(config, prepared.cuts)
     worst = worst_by_cut(prepared.case, wanted, options)
     told = ", ".join(
         f"cut {cut}: {one.figures.accuracy:.3f} by {one.attacker}, at most {one.figures.high:.3f}" for cut, one in sorted(worst.items())
     )
+    if hasty := [cut for cut, one in sorted(worst.items()) if not one.complete and one.figures.high <= limit]:
+        raise ConfigError(
+            f"split.max_leak cannot be checked here: at cut {hasty[0]} not all attacks ended within {SECONDS:g} s.",
+            "measure with splitft audit CONFIG --seconds, and leave out split.max_leak; or check it on a faster machine.",
+        )
     good = [cut for cut, one in sorted(worst.items()) if one.figures.high <= limit]
     if not good or (_fixed(config) and len(good) < len(wanted)):
         labels = [one for one in worst.values() if one.attacker.startswith("L") and one.figures.high > limit]

@@ -22,13 +22,14 @@ from splitft.lora import Layout
 from splitft.split import SplitModel
 from splitft.types import Plan
 
-Attack = Literal["K", "B", "L", "L base"]
+Attack = Literal["K", "B", "L", "L base", "K+L"]
 Word = Literal["disclosed", "partly disclosed", "not recovered by these attacks"]
 ATTACKERS: Mapping[Attack, str] = {
     "K": "adapter known",
     "B": "base only",
     "L": "labels, tail known",
     "L base": "labels, base only",
+    "K+L": "adapter known, with the labels' gradients",
 }
 FIRST, LATER = "first", "later"
 
@@ -98,7 +99,8 @@ class Floors:
 
 @dataclass(frozen=True)
 class Figures:
-    """How much of a sample came out. `low`, `high`: 95 % Wilson interval of `accuracy`. `rare_recall` is None without rare tokens."""
+    """How much of a sample came out. `low`, `high`: 95 % Wilson interval of `accuracy`, widened by how much rows differ. `rare_recall` is
+    None without rare tokens."""
 
     tokens: int
     accuracy: float
@@ -117,7 +119,7 @@ class Finding:
 
     `visit` is the first time the text was sent, a later one, or of how many visits the mean was attacked; `unresolved` the share of
     positions where no candidate came within the wire's own error; `positions` how many of a sequence were reached in time; `penalty` the
-    ridge's, tuned on public text.
+    ridge's, tuned on public text. `complete`: no attack of the family was cut short.
     """
 
     attacker: Attack
@@ -129,6 +131,7 @@ class Finding:
     positions: int
     penalty: float | None
     seconds: float
+    complete: bool = True
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,10 @@ class Prefix:
     ids: Tensor
     kept: tuple[tuple[Tensor, Tensor], ...] = ()
 
+    def taken(self, rows: Tensor) -> Prefix:
+        """Some of the sequences, in this order, any of them more than once."""
+        return Prefix(self.ids[rows], tuple((keys[rows.to(keys.device)], values[rows.to(values.device)]) for keys, values in self.kept))
+
 
 class Bottom:
     """The first `blocks` blocks (None: the model up to its LM head) with the adapters of `bank`, or without any (None: base weights).
@@ -132,10 +136,11 @@ class Bottom:
 
 
 class LanguageModel:
-    """What the base model expects next behind a prefix that grows; `unigram` [v] is what it expects of a first token."""
+    """What the model expects next behind a prefix that grows, with the adapters of `bank` or without any; `unigram` [v] is what it expects
+    of a first token."""
 
-    def __init__(self, split: SplitModel, unigram: Tensor, sequences: int, sample: Tensor) -> None:
-        self.bottom, self.vocabulary = Bottom(split, None, None), len(unigram)
+    def __init__(self, split: SplitModel, unigram: Tensor, sequences: int, sample: Tensor, bank: AdapterBank | None = None) -> None:
+        self.bottom, self.vocabulary = Bottom(split, bank, None), len(unigram)
         self.bottom.replay(sample)
         self.prefix = self.bottom.start(sequences)
         self.log_share = (unigram.float() + 1e-6).log().expand(sequences, -1)
@@ -145,3 +150,8 @@ class LanguageModel:
         self.prefix, last = self.bottom.extend(self.prefix, tokens)
         with torch.no_grad():
             self.log_share = self.bottom.split.logits(last)[:, : self.vocabulary].float().log_softmax(-1).cpu()
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these of the prefixes, any of them more than once."""
+        self.prefix = self.prefix.taken(rows)
+        self.log_share = self.log_share[rows]

@@ -17,12 +17,12 @@ from torch import Tensor
 from splitft.audit.base import Options
 from splitft.audit.bottom import Bottom, LanguageModel, Prefix
 from splitft.audit.ridge import Inverter
-from splitft.audit.tap import Tap, along
+from splitft.audit.tap import PublicTap, along
 from splitft.clock import monotonic_s
 
 # How a candidate is chosen: by distance alone, widening where none fits; by distance alone; by ridge and distance; the same with what a
-# language model expects; by the likelihood of the wire's error together with what a language model expects.
-Rule = Literal["exact", "nearest", "fused", "fused with prior", "posterior"]
+# language model expects; several beginnings at once, by likelihood (beam.py).
+Rule = Literal["exact", "nearest", "fused", "fused with prior", "beam"]
 LEAST_THRESHOLD = 1e-3
 TIMES_ERROR = 3.0
 FUSED_SCORE = 10.0
@@ -43,13 +43,12 @@ class Gauge:
 
     error: Tensor
     weight: Tensor
-    likelihood: Tensor
     threshold: float
     relative: float
     directions: Tensor | None = None
 
 
-def measure(bottom: Bottom, tap: Tap, inverter: Inverter, ids: Tensor, directions: Tensor | None = None) -> Gauge:
+def measure(bottom: Bottom, tap: PublicTap, inverter: Inverter, ids: Tensor, directions: Tensor | None = None) -> Gauge:
     """Send public texts [s t] to oneself and compare what arrives with what the attacker's copy gives, token by token, along the
     directions [r d] that the wire lets through (None: all)."""
     arrived = tap.public(bottom.hidden(ids), CALIBRATION_ROUND).float().cpu()
@@ -57,10 +56,9 @@ def measure(bottom: Bottom, tap: Tap, inverter: Inverter, ids: Tensor, direction
     error, deviation = difference.square().mean((0, 1)).sqrt(), inverter.deviation
     # A channel's weight is bounded, so that one without error does not count for all.
     weight = 1 / (error.square() + (0.02 * deviation).square()).sqrt()
-    likelihood = 1 / (error.square() + (0.002 * deviation).square()).sqrt()
     share = (difference * weight).norm(dim=-1) / ((arrived - inverter.mean) * weight).norm(dim=-1)
     relative = float((error / deviation).square().mean().sqrt())
-    return Gauge(error, weight, likelihood, max(LEAST_THRESHOLD, TIMES_ERROR * float(share.median())), relative, directions)
+    return Gauge(error, weight, max(LEAST_THRESHOLD, TIMES_ERROR * float(share.median())), relative, directions)
 
 
 @dataclass(frozen=True)
@@ -75,7 +73,7 @@ class Search:
 
 @dataclass
 class Verifier:
-    """One attacker's search at one cut: its copy of the blocks, its inverter, the wire's error, and what arrived [s t d]."""
+    """One attacker's search at one cut: its copy of the blocks, its inverter, the wire's error, what arrived [s t d] over which tap."""
 
     bottom: Bottom
     inverter: Inverter
@@ -85,6 +83,7 @@ class Verifier:
     options: Options
     unigram: Tensor
     sample: Tensor
+    tap: PublicTap
 
     def __post_init__(self) -> None:
         self.observed = self.observed.float().cpu()
@@ -111,8 +110,7 @@ class Verifier:
                 candidates = order.indices[:, place]
                 value = self._value(rule, self.bottom.try_(prefix, candidates).float().cpu(), place, order.values[:, place])
                 if model is not None:
-                    share = 1.0 if rule == "posterior" else FUSED_PRIOR
-                    value = value + share * model.log_share.gather(1, candidates)
+                    value = value + FUSED_PRIOR * model.log_share.gather(1, candidates)
                 chosen = candidates.gather(1, value.argmax(1, keepdim=True))[:, 0]
             found[:, place] = chosen
             if place + 1 < tokens:
@@ -123,8 +121,6 @@ class Verifier:
 
     def _value(self, rule: Rule, states: Tensor, place: int, scores: Tensor) -> Tensor:
         """How well the states [s k d] of candidates with these ridge scores [s k] fit, the larger the better: [s k]."""
-        if rule == "posterior":
-            return -0.5 * self._distance(states, place, self.gauge.likelihood).square()
         value = -self._distance(states, place, self.gauge.weight)
         if rule == "nearest":
             return value
@@ -159,7 +155,7 @@ class Verifier:
         return chosen, best > reach
 
     def _model(self, rule: Rule) -> LanguageModel | None:
-        if rule not in ("fused with prior", "posterior"):
+        if rule != "fused with prior":
             return None
         return LanguageModel(self.bottom.split, self.unigram, self.scores.shape[0], self.sample)
 

@@ -3,22 +3,24 @@
 The server knows its own output u and the gradient g that comes back. The gradient at a position is, up to one positive scale,
 J^T W^T (p - e_y) of that position's own loss plus what later positions cause through attention. From the last position to the first, what
 later ones cause is subtracted (their labels are found by then), and the label is the one whose direction fits the rest best. No training,
-no search: exact where the tail is known. It is one attack and not the best of a family: where it gets less, others may get more.
+no search: exact where the tail is known. It is one attack and not the best of a family: where it gets less, others may get more. Its
+log-likelihoods join those of the states in the attack K+L (`beam.py`).
 
 Axes: s sequences, t tokens, d hidden width (o of the exit's), v vocabulary, r rows.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache
 
-from splitft.audit.base import Case
-from splitft.audit.tap import Tap
+from splitft.audit.base import FIRST, LATER, Case
+from splitft.audit.tap import MOST_PLAYED, Tap, carried
 from splitft.clock import monotonic_s
 from splitft.engine.exchange import Ownership
 from splitft.engine.narrow import decode, encode
@@ -31,26 +33,27 @@ MOST_ROWS = 512
 # A gradient this small against the largest of its text is of a position without a label.
 SILENT = 1e-4
 NO_LABEL = -1
+# So many visits are looked at side by side, each with an output of its own.
+MOST_SIDE_BY_SIDE = 64
+# No wire counts as more exact than this.
+LEAST_SHARE = 1e-3
 
 
 @dataclass(frozen=True)
 class Returned:
     """What the server has of a step: its own `output` [s t d] as the client got it, and the `gradient` [s t d] that came back, of as few
-    channels as a bottleneck leaves. `labels` [s t] are what it is after. The gradient is the mean of so many `visits`."""
+    channels as a bottleneck leaves. `labels` [s t] are what it is after; `sent` [s t d] is the gradient before its codec."""
 
     output: Tensor
     gradient: Tensor
     labels: Tensor
-    visits: int = 1
+    sent: Tensor
 
 
-def client_step(case: Case, bank: AdapterBank, cut: int, visits: int = 1) -> Returned:
-    """A step of a U-shaped client on its private sample, every tensor through its codec.
-
-    Gradients that get other random numbers at each of its `visits` are averaged, unless what goes forward gets some too: then every visit's
-    output is another, with another gradient, and one is looked at.
-    """
-    split, tap, sequences = case.split, Tap(case.settings, case.plan, cut), case.private.shape[0]
+def client_step(case: Case, bank: AdapterBank, cut: int, tap: Tap | None = None) -> Returned:
+    """A step of a U-shaped client on its private sample, every tensor through its codec."""
+    split, sequences = case.split, case.private.shape[0]
+    tap = tap or Tap(case.settings, case.plan, cut)
     end = Ownership(tap.plan, split.blocks).server_end
 
     def crossing(block: int, hidden: Tensor) -> Tensor:
@@ -68,9 +71,37 @@ def client_step(case: Case, bank: AdapterBank, cut: int, visits: int = 1) -> Ret
     weight = torch.full((sequences,), 1.0 / max(1, len(targets.labels)))
     loss, _ = training_loss(hidden, targets, weight, split.head, split.anatomy)
     (gradient,) = torch.autograd.grad(loss, leaf)
-    codecs = case.settings.codecs
-    tap.visits = visits if codecs[3].draws and not (codecs[0].draws or codecs[2].draws) else 1
-    return Returned(output, tap.private(gradient, 3), labels, tap.visits)
+    return Returned(output, tap.private(gradient, 3), labels, gradient)
+
+
+def client_visits(case: Case, bank: AdapterBank, cut: int, visits: int) -> dict[str, tuple[Returned, ...]]:
+    """What the server has of a text after so many visits, by the way in which they are looked at.
+
+    Where what goes forward draws random numbers, every visit's output is another with another gradient: they are kept side by side, up to
+    MOST_SIDE_BY_SIDE. Where only gradients draw some, their mean is looked at. Where their codec remembers, the last that came too, and
+    the mean of all.
+    """
+    up, _, out, back = case.settings.codecs
+    tap = Tap(case.settings, case.plan, cut)
+    if up.draws or out.draws:
+        count = min(visits, MOST_SIDE_BY_SIDE)
+        return {FIRST if count == 1 else f"{count} visits": tuple(client_step(case, bank, cut, tap) for _ in range(count))}
+    if back.hears_samples:
+        first = client_step(case, bank, cut, tap)
+        count = max(2, min(visits, MOST_PLAYED))
+        last, mean = carried(tap.private_streams[3], first.sent, count - 1)
+        whole = (first.gradient.float() + (count - 1) * mean.float()) / count
+        return {FIRST: (first,), LATER: (replace(first, gradient=last),), f"mean of {count}": (replace(first, gradient=whole),)}
+    if back.draws and visits > 1:
+        tap.come_by(visits)
+        return {f"mean of {visits}": (client_step(case, bank, cut, tap),)}
+    return {FIRST: (client_step(case, bank, cut, tap),)}
+
+
+def wire_share(returned: Sequence[Returned]) -> float:
+    """The square of a gradient wire's error over that of what was sent, as an attacker measures it on public text."""
+    wrong = sum(float((one.gradient.float() - one.sent.float()).square().sum()) for one in returned)
+    return wrong / max(1e-30, sum(float(one.sent.float().square().sum()) for one in returned))
 
 
 class Tail:
@@ -150,34 +181,79 @@ class Tail:
         return product / (square.sqrt() * rest.norm(dim=1, keepdim=True).clamp_min(1e-30)), product / square
 
 
+@dataclass(frozen=True)
+class Labels:
+    """The labels [s t] that were read (NO_LABEL where gradients say nothing), how many positions, from the last, were reached, and every
+    label's log-likelihood by the gradients [s t v], up to a constant."""
+
+    found: Tensor
+    reached: int
+    evidence: Tensor
+
+
+class _Look:
+    """One visit: what came back, and what of it later positions account for so far."""
+
+    def __init__(self, tail: Tail, gradient: Tensor) -> None:
+        self.tail, self.gradient = tail, gradient.float()
+        self.largest = self.gradient.norm(dim=-1).amax(1)
+        self.later = torch.zeros_like(self.gradient)
+        self.scales: list[Tensor] = []
+        self.fitted, self.heard = torch.zeros(()), torch.zeros(gradient.shape[0], dtype=torch.bool, device=gradient.device)
+
+    def squared_cosines(self, place: int) -> Tensor | None:
+        """Of what is left at a position with every label's direction [s v], zero for one that points away; None where nothing is left."""
+        scale = torch.cat(self.scales).median() if self.scales else self.gradient.new_ones(())
+        rest = self.gradient[:, place] - scale * self.later[:, place]
+        self.heard = rest.norm(dim=-1) > SILENT * self.largest
+        if not bool(self.heard.any()):
+            return None
+        cosine, self.fitted = self.tail.fit(place, rest)
+        found: Tensor = (cosine.clamp_min(0).square() * self.heard[:, None]).cpu()
+        return found
+
+    def accept(self, place: int, labels: Tensor) -> None:
+        """These labels [s] are those of the position."""
+        if bool(self.heard.any()):
+            size = self.fitted.gather(1, labels.clamp_min(0)[:, None].to(self.fitted.device))[:, 0]
+            if bool((self.heard & (size > 0)).any()):
+                self.scales.append(size[self.heard & (size > 0)])
+        if self.tail.end < self.tail.split.blocks:
+            self.later += self.tail.caused_by(place, labels)
+
+
 def read_labels(
-    split: SplitModel, bank: AdapterBank | None, end: int, returned: Returned, until_s: float, pairs: AdapterBank | None = None
-) -> tuple[Tensor, int]:
-    """The labels [s t] behind a returned gradient (NO_LABEL where it says nothing), and how many positions, from the last, were reached."""
-    tail = Tail(split, bank, end, returned.output, pairs)
-    gradient = returned.gradient.float()
-    found = torch.full(returned.labels.shape, NO_LABEL)
-    tokens = found.shape[1]
-    largest = gradient.norm(dim=-1).amax(1)
-    later = torch.zeros_like(gradient)
-    scales: list[Tensor] = []
+    split: SplitModel,
+    bank: AdapterBank | None,
+    end: int,
+    returned: Sequence[Returned],
+    until_s: float,
+    pairs: AdapterBank | None = None,
+    share: float = 0.0,
+) -> Labels:
+    """The labels behind gradients that came back at one visit or several.
+
+    `share`: the square of the wire's relative error. A gradient of length g and cosine c to a label's direction, under noise that makes up
+    share / (1 + share) of its square, has a log-likelihood of g^2 c^2 / 2 over the noise's variance: d c^2 (1 + share) / (2 share). Those
+    of several visits add up.
+    """
+    looks = [_Look(Tail(split, bank, end, one.output, pairs), one.gradient) for one in returned]
+    found = torch.full(returned[0].labels.shape, NO_LABEL)
+    tokens, width = found.shape[1], returned[0].gradient.shape[-1]
+    evidence = torch.zeros(*found.shape, looks[0].tail.logits.shape[-1])
+    weight = width * (1 + max(share, LEAST_SHARE)) / (2 * max(share, LEAST_SHARE))
     for place in range(tokens - 1, -1, -1):
         if monotonic_s() > until_s:
-            return found, tokens - 1 - place
-        scale = torch.cat(scales).median() if scales else gradient.new_ones(())
-        rest = gradient[:, place] - scale * later[:, place]
-        heard = rest.norm(dim=-1) > SILENT * largest
-        if not bool(heard.any()):
+            return Labels(found, tokens - 1 - place, evidence)
+        squares = [one for one in (look.squared_cosines(place) for look in looks) if one is not None]
+        if not squares:
             continue
-        cosine, fitted = tail.fit(place, rest)
-        chosen = cosine.argmax(1)
-        found[:, place] = torch.where(heard, chosen, NO_LABEL).cpu()
-        own = fitted.gather(1, chosen[:, None])[:, 0]
-        if bool((heard & (own > 0)).any()):
-            scales.append(own[heard & (own > 0)])
-        if end < split.blocks:
-            later += tail.caused_by(place, found[:, place])
-    return found, tokens
+        evidence[:, place] = weight * torch.stack(squares).sum(0)
+        heard = torch.stack([look.heard.cpu() for look in looks]).any(0)
+        found[:, place] = torch.where(heard, evidence[:, place].argmax(1), NO_LABEL)
+        for look in looks:
+            look.accept(place, found[:, place])
+    return Labels(found, tokens, evidence)
 
 
 def counted_labels(labels: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from splitft.audit.bottom import Bottom
-from splitft.audit.tap import Tap
+from splitft.audit.tap import PublicTap
 from splitft.clock import monotonic_s
 from splitft.data.base import TokenRows
 
@@ -103,7 +103,7 @@ class Sums:
 
 
 def learn(
-    bottom: Bottom, taps: Mapping[KeyT, Tap], public: TokenRows, table: Tensor, vocabulary: int, until_s: float
+    bottom: Bottom, taps: Mapping[KeyT, PublicTap], public: TokenRows, table: Tensor, vocabulary: int, until_s: float
 ) -> dict[KeyT, Inverter]:
     """An inverter for every one of `taps`, from as many rows of `public` as time allows, all of one length; one row in ten is held out."""
     cuts: Sequence[int] = sorted({tap.plan.cut for tap in taps.values()})

@@ -18,7 +18,7 @@ RARE_FREQUENCY = 1e-4
 Z_95 = 1.959963984540054
 
 
-def wilson(hits: int, trials: int) -> tuple[float, float]:
+def wilson(hits: float, trials: float) -> tuple[float, float]:
     """95 % score interval of a share (Wilson 1927); (0, 1) without trials."""
     if not trials:
         return 0.0, 1.0
@@ -27,6 +27,24 @@ def wilson(hits: int, trials: int) -> tuple[float, float]:
     half = Z_95 * math.sqrt(share * (1 - share) / trials + square / (4 * trials * trials)) / (1 + square / trials)
     # At the ends the interval ends there exactly, which rounding would miss.
     return middle - half if hits else 0.0, middle + half if hits < trials else 1.0
+
+
+def clustered(hits: Sequence[int], trials: Sequence[int]) -> tuple[float, float]:
+    """95 % score interval of a share of tokens that come in rows, with so many hits and trials each.
+
+    Tokens of a row are recovered together or not at all, more than by chance: where rows differ more than independent tokens would, the
+    interval is that of as many fewer tokens (Kish's design effect, estimated from the rows; Korn and Graubard 1998). Few rows say little of
+    how much they differ: the estimate is as rough as they are few.
+    """
+    total, count = sum(hits), sum(trials)
+    rows = [(one, of) for one, of in zip(hits, trials, strict=True) if of]
+    share = total / count if count else 0.0
+    if len(rows) < 2 or not 0.0 < share < 1.0:
+        return wilson(total, count)
+    # Ratio estimator: the variance of the share between rows, over that of independent tokens.
+    between = len(rows) / (len(rows) - 1) * sum((one - share * of) ** 2 for one, of in rows) / count**2
+    effect = min(max(1.0, between / (share * (1 - share) / count)), count / len(rows))
+    return wilson(total / effect, count / effect)
 
 
 def rouge_l(found: Sequence[int], true: Sequence[int]) -> float:
@@ -52,7 +70,7 @@ def score(found: Tensor, true: Tensor, counted: Tensor, rare: Tensor) -> Figures
     """Figures of `found` against `true` [s t] where `counted` [s t]; `rare` [v] as `rare_tokens` gives it."""
     right = (found == true) & counted
     hits, trials = int(right.sum()), int(counted.sum())
-    low, high = wilson(hits, trials)
+    low, high = clustered(right.sum(1).tolist(), counted.sum(1).tolist())
     wanted = rare[true] & counted
     count = int(wanted.sum())
     rows = [(f[c].tolist(), g[c].tolist()) for f, g, c in zip(found, true, counted, strict=True) if bool(c.any())]

@@ -16,16 +16,42 @@ HELLO and WELCOME are the payloads of the transport's own handshake. Every lette
 from __future__ import annotations
 
 import enum
-from typing import Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 
-from splitft.errors import ProtocolError
+from splitft.errors import (
+    AdapterError,
+    CheckpointError,
+    CodecError,
+    ConfigError,
+    DataError,
+    IdentityError,
+    MissingExtraError,
+    ModelError,
+    PolicyError,
+    ProtocolError,
+    ResourceError,
+    SplitftError,
+)
 
 # A peer of another major version is refused at the door; a minor one adds fields that others ignore.
 PROTOCOL_MAJOR, PROTOCOL_MINOR = 1, 0
 MAX_LETTER_BYTES = 1 << 20
 PART_BYTES = 4 << 20
+MOST_WORDS = 2000
+# What a client says of errors whose messages may quote its data, its files or its machine.
+WORDLESS: dict[type[SplitftError], str] = {
+    AdapterError: "the adapters do not fit",
+    CheckpointError: "what it remembers cannot be used",
+    CodecError: "a codec refuses what it is given",
+    ConfigError: "it cannot follow the configuration",
+    DataError: "its data cannot be used",
+    IdentityError: "its certificate or a key cannot be used",
+    MissingExtraError: "it lacks an optional package",
+    ModelError: "the base model cannot be used",
+    ResourceError: "its memory, disk or device is not enough",
+}
 
 
 class Letter(enum.IntEnum):
@@ -116,13 +142,13 @@ class Ready(msgspec.Struct, frozen=True, omit_defaults=True):
 
 class Open(msgspec.Struct, frozen=True, omit_defaults=True):
     """A round begins for a client: the engine's frame, the snapshot to begin from (none: afresh, `batches` drawn so far), moments of
-    the blocks it is given ([from, to)), blocks whose moments it is to return. `purpose`: "train" or "evaluate"."""
+    the blocks it is given ([from, to)), blocks whose moments it is to return."""
 
     round: int
     frame: bytes
-    purpose: str = "train"
+    purpose: Literal["train", "evaluate"] = "train"
     base: Snapshot | None = None
-    batches: int = 0
+    batches: Annotated[int, msgspec.Meta(ge=0, le=1 << 53)] = 0
     moments: bytes = b""
     gives: tuple[int, int] = (0, 0)
     returns: tuple[int, int] = (0, 0)
@@ -192,3 +218,13 @@ def read(form: type[LetterT], data: bytes | bytearray | memoryview) -> LetterT:
         return msgspec.msgpack.decode(data, type=form)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, OverflowError) as problem:
         raise ProtocolError(f"{form.__name__}: {problem}.", "run the same splitft version on both sides.") from problem
+
+
+def refusal(index: int, problem: SplitftError) -> Refused:
+    """What a client that leaves tells the server: in words only what is about the server's own orders and messages. Any other message stays
+    with the client's operator, and so does every remedy: they name its files, and errors of data quote them."""
+    text = problem.message[:MOST_WORDS]
+    if type(problem) not in (PolicyError, ProtocolError):
+        said = WORDLESS.get(type(problem))
+        text = "it cannot go on; its own log says why." if said is None else f"{said} ({type(problem).__name__}); its own log says why."
+    return Refused(index, text, "", final=True)

@@ -32,9 +32,10 @@ from splitft.deploy.letters import (
     Welcome,
     pack,
     read,
+    refusal,
 )
 from splitft.deploy.moments import given, moments_packet
-from splitft.deploy.openings import Openings
+from splitft.deploy.openings import OneRun, Openings, folder_of
 from splitft.deploy.sealing import FROM_SERVER, Pledges, SealingMember
 from splitft.deploy.snapshots import Snapshots
 from splitft.deploy.workshop import Workshop
@@ -91,15 +92,13 @@ class Member:
     ) -> None:
         self.link, self.workshop, self.folder = link, workshop, folder
         self.listen, self.stop, self.waits, self.window = listen, stop, waits, window
-        self.knock, self.patience_s = knock, patience_s
+        self.knock, self.patience_s, self.seat, self.waiting_s = knock, patience_s, -1, 0.0
         link.look = self._look_at_stop
-        self.openings = Openings(folder)
+        self.one_run, self.openings = OneRun(folder), Openings(folder)
         self.connected_s = monotonic_s()
         self.stash: deque[Message] = deque()
         self.answer: Message | None = None
-        self.seat = -1
-        self.waiting_s = 0.0
-        self.round: int = 0
+        self.round, self.ended = 0, False  # `ended`: all its steps are done
         self.sealing: SealingMember | None = None
 
     def run(self) -> Finished:
@@ -129,6 +128,7 @@ class Member:
         self.listen("welcome", {"welcome": welcome})
         self.link.limit_bytes = PART_BYTES + MAX_LETTER_BYTES
         try:
+            self.one_run.hold(welcome)
             ready = self.workshop.settle(welcome, self.fetch)
         except (Interrupted, SessionLost, SessionClosed, TransportRefused):
             raise
@@ -136,11 +136,9 @@ class Member:
             self._decline(welcome.round, problem)
             raise
         self.link.limit_bytes = max(self.link.limit_bytes, self.workshop.limit_bytes())
-        # A run's name may come back; what belongs together is the run, the seat, the model and the text.
-        named = hashlib.sha256(f"{welcome.run}\0{welcome.seat}\0{welcome.model}\0{ready.data}".encode()).hexdigest()[:16]
-        self.kept = self.folder / named
+        self.kept = folder_of(self.folder, welcome, ready.data)
         self.snapshots = Snapshots(self.kept, ready.data)
-        self.openings = self.openings if self.openings.folder == self.kept else Openings(self.kept)
+        self.openings = self.openings if self.openings.folder == self.kept else Openings(self.kept, self.one_run)
         self.link.send(Letter.READY, pack(msgspec.structs.replace(ready, snapshots=self.snapshots.list())))
         self.listen("ready", {"rounds": welcome.rounds, "round": welcome.round})
 
@@ -154,6 +152,7 @@ class Member:
             elif message.kind == Letter.FINISHED:
                 finished = read(Finished, message.payload)
                 if finished.over:
+                    self.one_run.over()
                     self.listen("finished", {"rounds": finished.rounds, "adapter": self.workshop.keep_adapter(finished, self.fetch)})
                     return finished
                 self.listen("away", {"text": finished.text})
@@ -197,14 +196,15 @@ class Member:
         self.round = opened.round
         self.listen("round", {"round": opened.round, "cut": start.cut, "steps": start.local_steps})
         federation = self.workshop.federation(self.seat, start.cut, start.tail_blocks, start.exit_on_client, self.fetch)
-        self.openings.count(start.round, opened.purpose, federation.settings, self._disk_refused)
         try:
             state = self._state_for(opened)
         except CheckpointError as problem:
             self.listen("warning", {"text": str(problem)})
             self.link.send(Letter.OPENED, pack(Opened(opened.round, ok=False)))
             return
-        moments = b""
+        each, moments = federation.settings.gradient_accumulation, b""
+        batches = range(state.batches, state.batches + start.local_steps * each)
+        self.openings.count(start.round, opened.purpose, federation.settings, self._disk_refused, batches)
         if opened.returns[0] < opened.returns[1] and state.first is not None and state.second is not None:
             moments = moments_packet(federation.layout, state.first, state.second, opened.returns)
         if opened.moments and state.first is not None and state.second is not None:
@@ -216,8 +216,12 @@ class Member:
         insider = self.workshop.insider(self.seat)
         if insider is not None and opened.returns[0] < opened.returns[1]:
             raise PolicyError("the server asks for moments of blocks that secure aggregation hides.", "talk to its operator.")
-        self._drive(client.round(opened.frame), client)
+        try:
+            self._drive(client.round(opened.frame), client)
+        finally:  # of a step that is not done, batches may have left
+            self.openings.unsent(batches[(len(client.step_losses) + (not self.ended)) * each :])
         if insider is not None:
+            self.one_run.keep()
             row = client.bank.values[0].detach().cpu().numpy()
             columns = own_ranges(federation, client.plan)
             self.sealing = SealingMember(insider, self.run_name, opened.round, columns, row, client.targets, Pledges(self.kept / "sealed"))
@@ -234,9 +238,9 @@ class Member:
             raise
 
     def _decline(self, index: int, problem: SplitftError) -> None:
-        """Tell the server, before this client leaves, what it will not or cannot do."""
+        """Tell the server, before this client leaves, that it will not or cannot go on."""
         with suppress(SessionLost, SessionClosed, TransportRefused):  # the client's own operator is told in any case
-            self.link.send(Letter.REFUSED, pack(Refused(index, problem.message[:2000], problem.remedy[:2000], final=True)))
+            self.link.send(Letter.REFUSED, pack(refusal(index, problem)))
 
     def _state_for(self, opened: Open) -> ClientState:
         """What the server says to begin from. Raises CheckpointError when it is not there."""
@@ -249,7 +253,7 @@ class Member:
 
     def _drive(self, talk: Talk, client: Client | None) -> None:
         """Carry a talk over the link. Before the update leaves, the state behind it is on the disk."""
-        self.waiting_s, reply = 0.0, None
+        self.waiting_s, self.ended, reply = 0.0, False, None
         while True:
             try:
                 message = next(talk) if reply is None else talk.send(reply)
@@ -267,22 +271,19 @@ class Member:
 
     def _close(self, client: Client, end: bytes) -> None:
         """Before a ROUND_END leaves: snapshot, then the report."""
-        digest = hashlib.sha256(end).hexdigest()
-        state = client.state
+        digest, state, self.ended = hashlib.sha256(end).hexdigest(), client.state, True
         while True:
             try:
                 self.snapshots.save(self.round, digest, state)
                 break
             except OSError as problem:
                 short = shortage(problem, self.kept.parent, self.snapshots.needed_bytes(state))
-                text = f"the snapshot of round {self.round} cannot be written: {problem}{short}; trying again."
-                self.listen("warning", {"text": text})
+                self.listen("warning", {"text": f"the snapshot of round {self.round} cannot be written: {problem}{short}; trying again."})
                 self._pause()
                 if opened := next((one for one in self.stash if one.kind == Letter.OPEN), None):
                     self.stash.remove(opened)
                     raise _Another(read(Open, opened.payload)) from problem
-        seconds = {**client.seconds, "waiting": self.waiting_s}
-        facts = {place: dict(sums) for place, sums in client.facts().items()}
+        seconds, facts = {**client.seconds, "waiting": self.waiting_s}, {place: dict(sums) for place, sums in client.facts().items()}
         self.link.send(Letter.REPORT, pack(Report(self.round, client.step_losses, client.tokens, seconds, facts)))
 
     def _disk_refused(self, problem: SplitftError) -> None:
