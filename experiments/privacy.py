@@ -118,15 +118,15 @@ def measured(name: str, overrides: list[str], folder: Path, model: str, audit_on
 
 def table(results: dict[str, Any], order: list[str]) -> str:
     """The rows as Markdown."""
-    head = "| uplink, cut, tail | perplexity | through | MB | visits | K, adapter known | B, base only | labels |"
-    lines = [head, "|---|---:|---:|---:|---:|---:|---:|---:|"]
+    head = "| uplink, cut, tail | perplexity | through | MB | visits | K, adapter known | B, base only | L, labels | K+L |"
+    lines = [head, "|---|---:|---:|---:|---:|---:|---:|---:|---:|"]
     for name, one in ((name, results["rows"][name]) for name in order):
         leaks = one["leaks"]
-        labels = "sent" if one["labels_sent"] else " / ".join(f"{leaks[key]:.3f}" for key in ("L", "L base", "K+L") if key in leaks)
-        ways = [f"{leaks[key]:.3f}" if key in leaks else "" for key in ("K", "B")]
+        labels = "sent" if one["labels_sent"] else " / ".join(f"{leaks[key]:.3f}" for key in ("L", "L base") if key in leaks)
+        ways = [f"{leaks[key]:.3f}" if key in leaks else "" for key in ("K", "B", "K+L")]
         through = "" if one.get("through") is None else f"{one['through']:.1f}"
         first = f"| {name} | {one['perplexity']:.1f} | {through} | {one['bytes'] / 1e6:.1f} | {one.get('visits', 1)}"
-        lines.append(f"{first} | {ways[0]} | {ways[1]} | {labels} |")
+        lines.append(f"{first} | {ways[0]} | {ways[1]} | {labels} | {ways[2]} |")
     return "\n".join(lines)
 
 

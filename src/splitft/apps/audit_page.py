@@ -147,7 +147,8 @@ def audit_table(audit: Audit) -> Table:
     )
     columns = ("cut", "attacker", *(("visit",) if later else ()), "tokens", "95 %", "whole", "ROUGE-L", "rare", "open", "seconds")
     for name in columns:
-        table.add_column(name, justify="left" if name in ("attacker", "visit") else "right", no_wrap=True)
+        words = name in ("attacker", "visit")
+        table.add_column(name, justify="left" if words else "right", no_wrap=not words)
     for made in audit.cuts:
         for one in made.findings:
             table.add_row(*_cells(one, later), end_section=one is made.findings[-1])

@@ -72,13 +72,14 @@ class MemoryShelf(Shelf):
     def __init__(self, parameters: int) -> None:
         self.parameters = parameters
         self.places: dict[tuple[str, int], Tensor] = {}
-        self.unused: list[Tensor] = []
+        self.block, self.taken = torch.empty(0, parameters), 0
 
     def place(self, kind: str, client: int) -> Tensor:
         if (kind, client) not in self.places:
-            if not self.unused:
-                self.unused = list(torch.empty(max(1, BLOCK_BYTES // max(1, 4 * self.parameters)), self.parameters))
-            self.places[kind, client] = self.unused.pop()
+            if self.taken == len(self.block):
+                self.block, self.taken = torch.empty(max(1, BLOCK_BYTES // max(1, 4 * self.parameters)), self.parameters), 0
+            self.places[kind, client] = self.block[self.taken]
+            self.taken += 1
         return self.places[kind, client]
 
     def matrix(self, rows: int) -> Tensor:
@@ -89,7 +90,7 @@ class MemoryShelf(Shelf):
 
     def close(self) -> None:
         self.places.clear()
-        self.unused.clear()
+        self.block, self.taken = torch.empty(0, self.parameters), 0
 
 
 class DiskShelf(Shelf):
