@@ -10,7 +10,7 @@ import torch
 
 from splitft.audit.base import Figures, Finding, Floors, Options, Verdict
 from splitft.audit.public import apart, frequencies, notable_tokens, public_text, shuffled
-from splitft.audit.scores import clustered, common_rate, floors_of, language_model_rate, rare_tokens, rouge_l, score, wilson
+from splitft.audit.scores import clustered, common_rate, floors_of, language_model_rate, rare_tokens, rouge_l, score, t_quantile, wilson
 from splitft.audit.verdict import verdict_of, word_of
 from splitft.data.base import Document, Segment, TokenRows
 from splitft.data.python_docs import PythonDocs
@@ -171,22 +171,29 @@ def test_senseless_options_are_refused(field: str, value: float) -> None:
         replace(Options(), **{field: value})
 
 
-def test_an_interval_of_rows_that_are_alike_is_that_of_independent_tokens() -> None:
-    assert clustered([5, 5, 5, 5], [10, 10, 10, 10]) == wilson(20, 40)
-    assert clustered([0, 0], [10, 10]) == wilson(0, 20)
-    assert clustered([7], [10]) == wilson(7, 10)  # one row says nothing of how much rows differ
-    assert clustered([10, 0, 10, 0], [10, 10, 10, 10]) == wilson(2, 4)  # whole rows or nothing: four trials, not forty
+def test_intervals_know_how_few_rows_there_are() -> None:
+    few = (t_quantile(3) / 1.959963984540054) ** 2  # four rows
+    assert clustered([5, 5, 5, 5], [10, 10, 10, 10]) == wilson(20 / few, 40 / few)
+    assert clustered([0, 0, 0, 0], [10, 10, 10, 10]) == wilson(0, 40 / few)
+    assert clustered([7], [10]) == wilson(0.7, 1)  # one row says nothing of how much rows differ
+    assert clustered([], []) == clustered([0], [0]) == (0.0, 1.0)
     low, high = clustered([9, 3, 6, 6], [10, 10, 10, 10])
-    assert low < wilson(24, 40)[0] < wilson(24, 40)[1] < high
+    assert low < wilson(24 / few, 40 / few)[0] < wilson(24 / few, 40 / few)[1] < high
 
 
-def test_intervals_of_rows_that_differ_cover_what_they_should() -> None:
-    """Rows with shares of their own (beta 2, 3), 16 tokens each: the plain interval covers their mean far less often than 95 %."""
-    draw = np.random.default_rng(5)
+def test_students_point_is_that_of_tables() -> None:
+    for freedom, point in ((1, 12.7062), (3, 3.1824), (7, 2.3646), (11, 2.2010), (30, 2.0423), (1000, 1.9623)):
+        assert t_quantile(freedom) == pytest.approx(point, abs=2e-3)
+
+
+@pytest.mark.parametrize(("rows", "shape", "tokens"), [(4, (2, 3), 48), (4, (1, 9), 48), (12, (2, 3), 16)])
+def test_intervals_of_rows_that_differ_cover_what_they_should(rows: int, shape: tuple[float, float], tokens: int) -> None:
+    """Rows with shares of their own: the plain interval covers their mean far less often than 95 %."""
+    draw, mean = np.random.default_rng(5), shape[0] / sum(shape)
     covered = {"clustered": 0, "plain": 0}
     for _ in range(600):
-        hits = [int(draw.binomial(16, draw.beta(2, 3))) for _ in range(12)]
-        for name, (low, high) in (("clustered", clustered(hits, [16] * 12)), ("plain", wilson(sum(hits), 192))):
-            covered[name] += low <= 0.4 <= high
+        hits = [int(draw.binomial(tokens, draw.beta(*shape))) for _ in range(rows)]
+        for name, (low, high) in (("clustered", clustered(hits, [tokens] * rows)), ("plain", wilson(sum(hits), rows * tokens))):
+            covered[name] += low <= mean <= high
     assert covered["plain"] < 0.85 * 600
     assert covered["clustered"] >= 0.92 * 600

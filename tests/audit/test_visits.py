@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from splitft.audit.base import Options
+from splitft.audit.beam import listen
 from splitft.audit.bottom import Bottom
 from splitft.audit.run import audit, worst_by_cut
+from splitft.audit.tap import MOST_PLAYED
 from splitft.audit.visits import bank_of, own_tap
 from splitft.compress.base import Codec
 from splitft.compress.cast import Cast
@@ -122,6 +124,35 @@ def test_what_a_codec_leaves_out_at_one_visit_comes_at_another(codec: Codec, bes
     assert set(leaks) == {"first", "later", "mean of 8"}
     assert leaks[best] == max(leaks.values())
     assert leaks[best] > leaks["first"] + 0.2, leaks
+
+
+def test_a_mean_is_called_after_what_was_looked_at() -> None:
+    """What rounds after the noise rounds otherwise every time: the mean of many visits is not rounded. Where visits are played one by
+    one, no more are claimed than were."""
+    _, _, case = scene()
+    hidden = Bottom(case.split, bank_of(case, case.adapters), 2).hidden(case.private)
+    errors = {}
+    for inner, looked in ((Quantize(4), 256), (TopK(share=0.5), MOST_PLAYED)):
+        tap = own_tap(replace(case, settings=replace(case.settings, uplink=Noise(inner, multiple=4.0))), 2)
+        tap.come_by(256)
+        assert tap.looked == looked
+        errors[looked] = float(((tap.private(hidden) - hidden).norm(dim=-1) / hidden.norm(dim=-1)).mean())
+    assert errors[256] == pytest.approx(4.0 / 16, rel=0.05)
+    assert errors[MOST_PLAYED] > 0.3
+
+
+def test_what_an_attacker_hears_of_the_wire_is_its_noise() -> None:
+    """Noise in proportion to a row, and noise of one size: size and form are found on public text; a guess that is wrong raises doubt."""
+    _, _, case = scene()
+    bottom, ids = Bottom(case.split, None, 2), torch.from_numpy(case.public.batch(range(6))[0])
+    for codec, by_length in ((Noise(multiple=0.5), True), (Noise(multiple=0.5, clip=1.0), False)):
+        wire = listen(bottom, own_tap(replace(case, settings=replace(case.settings, uplink=codec)), 2), ids, None, codec.clip, 1 << 21)
+        assert wire.by_length == by_length
+        assert float(wire.size.mean()) == pytest.approx(0.5, rel=0.05)
+    states = bottom.replay(ids)
+    right, wrong = wire.doubted(states, wire.shortened(states)), wire.doubted(states.roll(1, 1), wire.shortened(states))
+    assert torch.equal(right.size, wire.size)
+    assert bool((wrong.size >= wire.size).all())
 
 
 def test_a_tap_without_noise_is_used_once() -> None:

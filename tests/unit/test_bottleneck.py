@@ -150,7 +150,7 @@ def test_fields_without_channels_wrong_cuts_and_too_many_channels_are_refused(tm
         assemble(tiny_config(tmp_path, bottleneck={"channels": 33}))
     with pytest.raises(ConfigError, match="allows 1 to 4"):
         assemble(tiny_config(tmp_path, bottleneck={"channels": 3, "cuts": [2, 5]}))
-    with pytest.raises(ConfigError, match="undo"):
+    with pytest.raises(ConfigError, match="both put noise"):
         build_components(tiny_config(tmp_path, bottleneck={"channels": 3, "noise": 1.0}, uplink={"name": "noise"}))
 
 

@@ -46,6 +46,24 @@ def test_the_plan_refuses_a_budget_that_the_run_would_refuse(tmp_path: Path) -> 
         show_plan(tiny_config(tmp_path, aggregator={"name": "private", "epsilon": 0.5}))
 
 
+def test_noise_where_it_hides_nothing_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In a U-shape "same" carries the uplink's noise to what the server sends, and not to the gradients that tell the labels."""
+    labels, hides_nothing = "labels can be read from the gradients", "exit_downlink puts noise on what the server sends"
+    for changes, said_labels, said_nothing in (
+        ({}, True, True),
+        ({"exit_downlink": "cast"}, True, False),
+        ({"exit_downlink": "cast", "exit_uplink": {"name": "noise"}}, False, False),
+    ):
+        show_plan(tiny_config(tmp_path, uplink={"name": "noise"}, split={"labels": "client"}, **changes))
+        said = printed(capsys.readouterr().out)
+        assert (labels in said, hides_nothing in said) == (said_labels, said_nothing)
+
+
+def test_sealed_sums_are_told_with_what_they_do_not_hide(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    show_plan(tiny_config(tmp_path, secure_aggregation={"enabled": True}, policy={"name": "fixed", "cuts": [2]}))
+    assert "summed among 3 clients or more; what activations, labels and gradients tell" in printed(capsys.readouterr().out)
+
+
 def test_a_bottleneck_s_noise_is_told_in_its_own_channels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     show_plan(tiny_config(tmp_path, bottleneck={"channels": 9, "noise": 0.7, "clip": 2.0}, policy={"name": "fixed", "cuts": [2]}))
     said = printed(capsys.readouterr().out)

@@ -198,7 +198,7 @@ def plot(audit: Audit) -> str:
     axis = "cut" if several else "position in the text"
     chart = LineChart(tuple(series), axis, "share of tokens recovered", whole_x=True, zero=True, x_scale=None if several else _span(places))
     said = f"{audit.verdict.text}. Model alone: the base model's first choice with the true text before it."
-    drawing, title = chart.draw(), f"Tokens recovered by {axis}"
+    drawing, title = chart.draw(), f"Tokens recovered by {axis}: K knows the adapter, B the base"
     head, body = drawing.svg("audit", title, said).split("</desc>", 1)
     size = f"{drawing.width:g} {drawing.height:g}"
     # The drawing has no heading of its own: in a report that stands in the page.
@@ -207,7 +207,7 @@ def plot(audit: Audit) -> str:
     head = head.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
     ground = f'<rect y="{-HEADING}" width="100%" height="100%" style="fill:var(--card)"/>'
     style = "fill:var(--ink);font-size:13px;font-weight:600"
-    heading = f'<text x="8" y="{5 - HEADING / 2:g}" style="{style}">{title} (K knows the adapter, B only the base model)</text>'
+    heading = f'<text x="8" y="{5 - HEADING / 2:g}" style="{style}">{title}</text>'
     font = "svg{font-family:system-ui,sans-serif}"
     return f"{head}</desc><style>{plot_sheet()}{font}</style>{ground}{heading}{body}\n"
 

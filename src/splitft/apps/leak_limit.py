@@ -40,7 +40,7 @@ def bounded(config: RunConfig) -> tuple[RunConfig, str]:
     options = replace(options, visits=prepared.most_sent)
     wanted = _cuts(config, prepared.cuts)
     worst = worst_by_cut(prepared.case, wanted, options)
-    told = ", ".join(
+    told = "; ".join(
         f"cut {cut}: {one.figures.accuracy:.3f} by {one.attacker}, at most {one.figures.high:.3f}" for cut, one in sorted(worst.items())
     )
     if hasty := [cut for cut, one in sorted(worst.items()) if not one.complete and one.figures.high <= limit]:
@@ -54,8 +54,8 @@ def bounded(config: RunConfig) -> tuple[RunConfig, str]:
         reason = " Labels come out of the gradients that a U-shape returns, whatever the cut." if labels else ""
         raise ConfigError(
             f"no cut keeps to split.max_leak = {limit:g}: recovered was {told}.{reason}",
-            "depth hides little; noise with few channels hides more (bottleneck = { channels = N, noise = 1.0 }), and noise on exit_uplink "
-            "hides labels (docs/privacy.md); or raise the limit.",
+            "depth hides little. More noise or fewer channels (bottleneck = { channels = N, noise = X }) hide more of the states, noise of "
+            "several rms on exit_uplink more of the labels, and both cost what is learned (docs/privacy.md); or raise the limit.",
         )
     text = f"split.max_leak = {limit:g}: recovered was {told} (95 % interval)"
     if _fixed(config):

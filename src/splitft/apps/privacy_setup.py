@@ -89,8 +89,18 @@ def told_before(config: RunConfig, components: Components, layout: Layout, clien
     for name, codec, width, row in leaving:
         if (noise := noise_in(codec)) is not None:
             yield f"noise on {name}: {_of_rows(noise, width, row)}"
+    if config.split.labels == "client" and noise_in(components.uplink) is not None:
+        if noise_in(components.exit_uplink) is None:
+            yield "exit_uplink has no noise: labels can be read from the gradients that a U-shape returns"
+        if noise_in(components.exit_downlink) is not None:
+            yield 'exit_downlink puts noise on what the server sends, which hides nothing: set exit_downlink = "cast"'
     if (rule := private_in(components.aggregator)) is not None:
         yield f"aggregator private: {_of_merges(rule, layout, participants_of(config, clients))}"
+    if config.secure_aggregation.enabled:
+        yield (
+            f"secure aggregation: clients' own adapters are summed among {config.secure_aggregation.minimum} clients or more; what "
+            "activations, labels and gradients tell the same server it does not hide"
+        )
     yield from cautions(config, components.aggregator)
 
 

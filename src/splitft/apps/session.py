@@ -64,7 +64,7 @@ class FederatedRun:
         try:
             told = ""
             if resume is None:  # afterwards the saved configuration has what was found
-                if config.split.max_leak < 1.0:
+                if config.split.max_leak < 1.0 and config.split.labels == "client":
                     listen("told", {"text": f"Measuring what the cuts leak (split.max_leak): {SECONDS:g} s at most for each."})
                     listen("stage", {"name": "measure what the cuts leak"})
                 config, told = bounded(config)
@@ -82,7 +82,9 @@ class FederatedRun:
             raise
 
     def _tell(self) -> None:
-        """What the user is to know of noise before anything is sent."""
+        """What the user is to know of leaks and noise before anything is sent."""
+        if self._told:
+            self.listen("told", {"text": self._told})
         built = self.assembly
         clients, layout = len(built.federation.clients), built.federation.layout
         for text in told_before(self.config, built.components, layout, clients, built.shape.hidden_size):

@@ -15,11 +15,11 @@ from splitft.audit.base import Attack, Case, CutAudit, Finding, Floors, Options
 from splitft.audit.beam import Beam, listen
 from splitft.audit.bottom import Bottom, LanguageModel
 from splitft.audit.forward import CLEAN, Gauge, Rule, Search, Verifier, measure
-from splitft.audit.gradient import Labels, Returned, client_visits, counted_labels, read_labels, wire_share
+from splitft.audit.gradient import LABEL_RULES, LabelRule, Labels, Returned, client_visits, counted_labels, read_labels, wire_share
 from splitft.audit.public import frequencies, shuffled
 from splitft.audit.ridge import Inverter, directions, learn
 from splitft.audit.scores import rare_tokens, score
-from splitft.audit.tap import PublicTap
+from splitft.audit.tap import MOST_PLAYED, PublicTap
 from splitft.audit.verdict import verdict_of
 from splitft.audit.visits import Learnt, OpenTap, View, Visit, bank_of, visits_of
 from splitft.clock import monotonic_s
@@ -101,14 +101,22 @@ class Attacks:
         kept = min(CALIBRATION_SEQUENCES, max(1, len(self.public) // 4))
         self.sample = torch.from_numpy(self.public.batch(range(kept))[0])[:, : case.private.shape[1]]
         self.learnt_from: TokenRows = self.public.select(range(kept, len(self.public)))
-        tap = self.open_tap(case, self.cuts[0])
-        repeats = tap.draws or tap.remembers
-        self.visits = self.options.visits if repeats else 1
-        if tap.draws:
+        self.visits = self._visits()
+        if self.open_tap(case, self.cuts[0]).draws:
             looked = f"the mean of {self.visits} visits is attacked, under the adapter of now" if self.visits > 1 else "one is attacked"
             self.notes.append(f"every visit of a text has random numbers of its own: {looked}; with more, more of the noise averages out")
         # What K has at each cut, for the attack that joins labels to it.
-        self.known: dict[int, Verifier] = {}
+        self.known: dict[int, tuple[Verifier, str]] = {}
+
+    def _visits(self) -> int:
+        """How many visits are looked at together where another says more than the first."""
+        tap, back = self.open_tap(self.case, self.cuts[0]), self.case.settings.codecs[3]
+        if tap.remembers:
+            return min(self.options.visits, MOST_PLAYED)
+        if tap.draws:
+            tap.come_by(self.options.visits)
+            return tap.looked
+        return self.options.visits if self.case.plan.exit_on_client and (back.draws or back.hears_samples) else 1
 
     def forward(self) -> dict[int, CutAudit]:
         """K and B at all cuts. Public text passes through the blocks once for each attacker, whatever the number of cuts."""
@@ -124,7 +132,7 @@ class Attacks:
         for number, attacker in enumerate(attackers):
             until_s = began_s + LEARNT * seconds * (number + 1) / len(attackers)
             bottom = Bottom(self.case.split, self._bank(attacker), max(self.cuts), self._pairs(attacker))
-            inverters[attacker] = learn(bottom, taps, self.learnt_from, self.table, self.case.vocabulary, until_s)
+            inverters[attacker] = learn(bottom, taps, self.learnt_from, self.table, until_s)
         if alike and "B" in self.attackers:
             self.notes.append("the adapters change nothing yet: the base weights are all there is to know")
         learning_s = (monotonic_s() - began_s) / len(self.cuts)
@@ -157,15 +165,20 @@ class Attacks:
                 inverter = inverters[cut, visit, False]
                 verifiers = {view.name: self._verifier(bottom, one, view, inverters[cut, visit, view.own]) for view in one.views(attacker)}
                 if attacker == "K" and not number:
-                    error, self.known[cut] = verifiers[""].gauge.relative, verifiers[""]
-                end_s = now_s + max(0.0, until_s - now_s) * (number + 1) / len(visits)
+                    error = verifiers[""].gauge.relative
+                end_s = now_s + max(0.0, until_s - now_s) / (len(visits) - number)
                 family, late = self._family(attacker, verifiers, end_s)
                 finding, best = self._finding(attacker, cut, visit, family, inverter.penalty, monotonic_s() - now_s)
+                if inverter.sequences < (planned := len(self.learnt_from)):
+                    finding = replace(finding, complete=False)
+                    self.notes.append(f"cut {cut}, {attacker}: learnt from {inverter.sequences} of {planned} public sequences in time")
                 if late:
                     finding = replace(finding, complete=False)
                     self.notes.append(f"cut {cut}, {attacker}: {late} attacks had too little time; --seconds gives them more")
                 if attacker not in found or finding.figures.accuracy > _best(findings, attacker):
                     found[attacker] = best
+                    if attacker == "K":
+                        self.known[cut] = verifiers[""], visit
                 findings.append(finding)
         if "B" in self.attackers and "B" not in learnt:
             findings += [replace(one, attacker="B", seconds=0.0) for one in findings]
@@ -223,7 +236,7 @@ class Attacks:
         counted = torch.ones(true.shape, dtype=torch.bool)
         figures = {name: score(search.found, true, counted, self.rare) for name, search in family.items()}
         best = max(figures, key=lambda name: figures[name].accuracy)
-        verified = next((search for name, search in family.items() if not name.startswith("ridge")), family["ridge"])
+        verified = next((search for name, search in family.items() if not name.startswith("ridge")), next(iter(family.values())))
         accuracies = {name: one.accuracy for name, one in figures.items()}
         unresolved = float(verified.unresolved[:, : verified.positions].double().mean()) if verified.positions else 1.0
         if verified.positions < true.shape[1]:
@@ -232,7 +245,7 @@ class Attacks:
         return made, family[best].found
 
     def with_labels(self, made: CutAudit) -> CutAudit:
-        """The findings at a cut with those about the labels of a U-shape beside them, from one attack, and of who joins both."""
+        """The findings at a cut with those about the labels of a U-shape beside them, and of who joins both."""
         case, began_s = self.case, monotonic_s()
         looks = client_visits(case, self.bank, made.cut, self.options.visits)
         side_by_side = any(len(one) > 1 for one in looks.values())
@@ -244,47 +257,65 @@ class Attacks:
         findings, found = list(made.findings), dict(made.found)
         attackers: tuple[Attack, ...] = ("L",) if alike else ("L", "L base")
         left_s = max((1 - WITH_LABELS) * self.options.seconds, self.options.seconds - made.seconds)
-        turns = len(attackers) * len(looks) + 1  # the last is for the attack that joins K and L
-        best: Labels | None = None
-        for number, (attacker, visit) in enumerate((attacker, visit) for attacker in attackers for visit in looks):
+        turns = [(attacker, visit) for attacker in attackers for visit in looks]
+        best: dict[LabelRule, Labels] = {}
+        for number, (attacker, visit) in enumerate(turns):
             now_s = monotonic_s()
-            until_s = now_s + max(0.0, began_s + left_s - now_s) / (turns - number)
-            read = read_labels(case.split, self._bank(attacker), end, looks[visit], until_s, self._pairs(attacker), shares[visit])
-            finding = self._label_finding(attacker, made.cut, visit, read, looks[visit], monotonic_s() - now_s)
+            until_s = now_s + max(0.0, began_s + left_s - now_s) / (len(turns) + 1 - number)  # one turn more, for who joins K and L
+            reads = self._reads(attacker, end, looks[visit], shares[visit], until_s)
+            finding, labels = self._label_finding(attacker, made.cut, visit, reads, looks[visit], monotonic_s() - now_s)
             if attacker not in found or finding.figures.accuracy > _best(findings, attacker):
-                found[attacker] = read.found
-                best = read if attacker == "L" else best
+                found[attacker] = labels
+                best = dict(reads) if attacker == "L" else best
             findings.append(finding)
-        assert best is not None
         joined = self._joined(made, findings, best, began_s + left_s)
         if joined is not None:
             findings.append(joined[0])
             found["K+L"] = joined[1]
         return replace(made, findings=tuple(findings), found=found, seconds=made.seconds + monotonic_s() - began_s)
 
-    def _label_finding(self, attacker: Attack, cut: int, visit: str, read: Labels, looks: Sequence[Returned], seconds: float) -> Finding:
-        labels, tokens = looks[0].labels, looks[0].labels.shape[1]
-        counted = counted_labels(labels)
-        inside = counted & (torch.arange(tokens) >= tokens - read.reached)
-        figures = score(read.found, torch.where(counted, labels, 0), inside, self.rare)
-        if read.reached < tokens:
-            self.notes.append(f"cut {cut}, {attacker}: labels of the last {read.reached} positions only in the time given")
-        whole = read.reached == tokens
-        return Finding(attacker, cut, visit, figures, {"direction": figures.accuracy}, 0.0, read.reached, None, seconds, whole)
+    def _reads(self, attacker: Attack, end: int, looks: Sequence[Returned], share: float, until_s: float) -> dict[LabelRule, Labels]:
+        """One attacker's readings of labels: by direction where the wire is clean, else in other ways too."""
+        rules = LABEL_RULES if share > NOISY**2 else LABEL_RULES[:1]
+        bank, pairs = self._bank(attacker), self._pairs(attacker)
+        reads: dict[LabelRule, Labels] = {}
+        for number, rule in enumerate(rules):
+            now_s = monotonic_s()
+            end_s = now_s + max(0.0, until_s - now_s) / (len(rules) - number)
+            reads[rule] = read_labels(self.case.split, bank, end, looks, end_s, pairs, share, rule)
+        return reads
 
-    def _joined(self, made: CutAudit, findings: Sequence[Finding], labels: Labels, until_s: float) -> tuple[Finding, Tensor] | None:
-        """Who has the states has the gradients: the label at a position is the next token. None where either alone gives it away."""
-        reached = {one.attacker: one.figures.accuracy for one in findings if one.figures.accuracy >= AGREED}
-        if "K" in reached or "L" in reached or made.cut not in self.known:
+    def _label_finding(
+        self, attacker: Attack, cut: int, visit: str, reads: Mapping[LabelRule, Labels], looks: Sequence[Returned], seconds: float
+    ) -> tuple[Finding, Tensor]:
+        labels, tokens = looks[0].labels, looks[0].labels.shape[1]
+        counted, reached = counted_labels(labels), min(read.reached for read in reads.values())
+        inside = counted & (torch.arange(tokens) >= tokens - reached)
+        figures = {rule: score(read.found, torch.where(counted, labels, 0), inside, self.rare) for rule, read in reads.items()}
+        best = max(figures, key=lambda rule: figures[rule].accuracy)
+        if reached < tokens:
+            self.notes.append(f"cut {cut}, {attacker}: labels of the last {reached} positions only in the time given")
+        family = {str(rule): one.accuracy for rule, one in figures.items()}
+        made = Finding(attacker, cut, visit, figures[best], family, 0.0, reached, None, seconds, reached == tokens)
+        return made, reads[best].found
+
+    def _joined(
+        self, made: CutAudit, findings: Sequence[Finding], labels: Mapping[LabelRule, Labels], until_s: float
+    ) -> tuple[Finding, Tensor] | None:
+        """Who has the states has the gradients: the label at a position is the next token. None where the states alone give it away, or the
+        gradients do and every token is a label."""
+        read = max((one for one in findings if one.attacker == "L"), key=lambda one: one.figures.accuracy)
+        true = self.case.private
+        all_labels = read.figures.tokens >= true.shape[0] * (true.shape[1] - 1)
+        if _best(findings, "K") >= AGREED or (read.figures.accuracy >= AGREED and all_labels):
             return None
-        now_s, verifier = monotonic_s(), self.known[made.cut]
-        evidence = labels.evidence[:, :, : verifier.scores.shape[2]]
-        evidence = torch.cat([torch.zeros_like(evidence[:, :1]), evidence[:, :-1]], 1)
-        ridge = verifier.by_ridge
-        family = {
-            "ridge": Search(ridge, torch.zeros(ridge.shape, dtype=torch.bool), ridge.shape[1]),
-            "beam": self._beam(verifier, {}, "K", until_s, evidence),
-        }
-        visit = next(one.visit for one in made.findings if one.attacker == "K")
+        now_s, (verifier, visit) = monotonic_s(), self.known[made.cut]
+        own = Search(made.found["K"], torch.zeros(true.shape, dtype=torch.bool), true.shape[1])
+        family, wanted = {"states alone": own}, [rule for rule in LABEL_RULES if rule in labels and rule != "direction with prior"]
+        for number, rule in enumerate(wanted):
+            evidence = labels[rule].evidence[:, :, : verifier.scores.shape[2]]
+            evidence = torch.cat([torch.zeros_like(evidence[:, :1]), evidence[:, :-1]], 1)
+            end_s = monotonic_s() + max(0.0, until_s - monotonic_s()) / (len(wanted) - number)
+            family[f"beam, {rule}"] = self._beam(verifier, {}, "K", end_s, evidence)
         finding, text = self._finding("K+L", made.cut, visit, family, verifier.inverter.penalty, monotonic_s() - now_s)
-        return replace(finding, complete=finding.positions == text.shape[1]), text
+        return replace(finding, complete=all(one.positions == true.shape[1] for one in family.values())), text

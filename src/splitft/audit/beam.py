@@ -19,7 +19,9 @@ from splitft.audit.tap import PublicTap
 from splitft.clock import monotonic_s
 
 WIDTH = 8
-LEAST_CANDIDATES, MOST_CANDIDATES = 32, 512
+LEAST_CANDIDATES, MOST_CANDIDATES = 128, 512
+# What a ridge's score weighs in the choice of candidates, beside what is expected of a token.
+RIDGE_WEIGHT = 20.0
 # Multiplications of a search, at most: what a processor core does in some 20 s.
 WORK = 2e11
 # Of a coordinate's own deviation: no wire counts as more exact than this.
@@ -111,10 +113,11 @@ class Beam:
         expected = self.model.log_share.cpu()
         if self.evidence is not None:
             expected = expected + self.evidence[rows, place]
-        candidates, fresh = self._shortlist(rows, place, expected, count)
+        ranked = RIDGE_WEIGHT * self.scores[rows, place] + expected
+        candidates = ranked.topk(min(count, ranked.shape[1]), dim=-1).indices
         states = self.bottom.try_(prefix, candidates).float().cpu()
         value = self.noise.log_likelihood(states, self.arrived[rows, place, None]) + expected.gather(1, candidates)
-        value = (value + total.reshape(-1, 1)).masked_fill(~fresh, float("-inf")).reshape(sequences, -1)
+        value = (value + total.reshape(-1, 1)).reshape(sequences, -1)
         kept, which = value.topk(min(WIDTH, value.shape[1]), dim=1)
         each = candidates.shape[1]
         origin = (torch.arange(sequences)[:, None] * beginnings + which // each).reshape(-1)
@@ -123,13 +126,6 @@ class Beam:
         self.model.keep(origin)
         self.model.accept(chosen)
         return grown, kept
-
-    def _shortlist(self, rows: Tensor, place: int, expected: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """Candidates [s*b k]: half of them the ridge's, half what is expected; and which are not there twice."""
-        ridge = self.scores[rows, place].topk(min(count - count // 2, self.scores.shape[2]), dim=-1).indices
-        likely = expected.topk(min(count // 2, expected.shape[1]), dim=-1).indices
-        doubled = (likely[:, :, None] == ridge[:, None, :]).any(-1)
-        return torch.cat([ridge, likely], 1), torch.cat([torch.ones_like(ridge, dtype=torch.bool), ~doubled], 1)
 
     def _candidates(self, places: int) -> int:
         """How many candidates the work allows for each beginning."""

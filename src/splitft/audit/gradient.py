@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +30,9 @@ from splitft.loss import Targets, shift_labels, training_loss
 from splitft.split import Route, SplitModel
 from splitft.types import IGNORE_LABEL
 
+# How labels are told apart; the first where the wire is clean.
+LabelRule = Literal["direction", "direction with prior", "length"]
+LABEL_RULES: tuple[LabelRule, ...] = ("direction", "direction with prior", "length")
 MOST_ROWS = 512
 # A gradient this small against the largest of its text is of a position without a label.
 SILENT = 1e-4
@@ -42,12 +46,14 @@ LEAST_SHARE = 1e-3
 @dataclass(frozen=True)
 class Returned:
     """What the server has of a step: its own `output` [s t d] as the client got it, and the `gradient` [s t d] that came back, of as few
-    channels as a bottleneck leaves. `labels` [s t] are what it is after; `sent` [s t d] is the gradient before its codec."""
+    channels as a bottleneck leaves. `labels` [s t] are what it is after; `sent` [s t d] is the gradient before its codec; `scale` is what a
+    position's loss counts for, one over the number of targets, which the server is told."""
 
     output: Tensor
     gradient: Tensor
     labels: Tensor
     sent: Tensor
+    scale: float
 
 
 def client_step(case: Case, bank: AdapterBank, cut: int, tap: Tap | None = None) -> Returned:
@@ -71,7 +77,7 @@ def client_step(case: Case, bank: AdapterBank, cut: int, tap: Tap | None = None)
     weight = torch.full((sequences,), 1.0 / max(1, len(targets.labels)))
     loss, _ = training_loss(hidden, targets, weight, split.head, split.anatomy)
     (gradient,) = torch.autograd.grad(loss, leaf)
-    return Returned(output, tap.private(gradient, 3), labels, gradient)
+    return Returned(output, tap.private(gradient, 3), labels, gradient, float(weight[0]))
 
 
 def client_visits(case: Case, bank: AdapterBank, cut: int, visits: int) -> dict[str, tuple[Returned, ...]]:
@@ -94,7 +100,8 @@ def client_visits(case: Case, bank: AdapterBank, cut: int, visits: int) -> dict[
         return {FIRST: (first,), LATER: (replace(first, gradient=last),), f"mean of {count}": (replace(first, gradient=whole),)}
     if back.draws and visits > 1:
         tap.come_by(visits)
-        return {f"mean of {visits}": (client_step(case, bank, cut, tap),)}
+        count = visits if tap.scaled[3] else tap.played
+        return {f"mean of {count}": (client_step(case, bank, cut, tap),)}
     return {FIRST: (client_step(case, bank, cut, tap),)}
 
 
@@ -114,7 +121,10 @@ class Tail:
         with torch.no_grad():
             self.kept = [] if cache is None else self._fill(cache)
         self.exit = split.run(self._route(self.leaf), None, None)
-        self.logits = split.logits(self.exit)
+
+    def logits(self, place: int) -> Tensor:
+        """The tail's own prediction at a position [s v]."""
+        return self.split.logits(self.exit[:, place]).float()
 
     def _route(self, states: Tensor) -> Route:
         entering = states if self.pairs is None else decode(self.pairs, "exit", self.end, states)
@@ -155,13 +165,13 @@ class Tail:
     def caused_by(self, place: int, labels: Tensor) -> Tensor:
         """The gradients [s t d] at the tail's input that the losses at `place` with these labels [s] cause; NO_LABEL causes none."""
         with torch.enable_grad():
-            logits = self.logits[:, place].float()
+            logits = self.logits(place)
             losses = F.cross_entropy(logits, labels.clamp_min(0).to(logits.device), reduction="none")
             (found,) = torch.autograd.grad((losses * (labels >= 0).to(losses)).sum(), self.leaf, retain_graph=True)
         return found.float()
 
     def fit(self, place: int, rest: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosine [s v] of what is left of a gradient at `place` [s d] with J^T W^T (p - e_y) for every label y, and the scale between them.
+        """Products [s v] of what is left of a gradient at `place` [s d] with J^T W^T (p - e_y) for every label y, and its squares [s v].
 
         The directions themselves never exist: products with W J J^T are enough.
         """
@@ -178,7 +188,7 @@ class Tail:
         own = torch.stack([((weight @ one) * weight).sum(1) for one in gram]) * slope.square()
         product = (rest * mean).sum(1, keepdim=True) - along
         square = (mean.square().sum(1, keepdim=True) - 2 * with_mean + own).clamp_min(1e-30)
-        return product / (square.sqrt() * rest.norm(dim=1, keepdim=True).clamp_min(1e-30)), product / square
+        return product, square
 
 
 @dataclass(frozen=True)
@@ -192,32 +202,32 @@ class Labels:
 
 
 class _Look:
-    """One visit: what came back, and what of it later positions account for so far."""
+    """One visit: what came back, and what of it later positions account for so far. `share`: the square of the wire's relative error."""
 
-    def __init__(self, tail: Tail, gradient: Tensor) -> None:
-        self.tail, self.gradient = tail, gradient.float()
+    def __init__(self, tail: Tail, returned: Returned, rule: LabelRule, share: float) -> None:
+        self.tail, self.gradient, self.scale = tail, returned.gradient.float(), returned.scale
+        self.rule, self.share = rule, max(share, LEAST_SHARE)
         self.largest = self.gradient.norm(dim=-1).amax(1)
         self.later = torch.zeros_like(self.gradient)
-        self.scales: list[Tensor] = []
-        self.fitted, self.heard = torch.zeros(()), torch.zeros(gradient.shape[0], dtype=torch.bool, device=gradient.device)
+        self.heard = torch.zeros(self.gradient.shape[0], dtype=torch.bool, device=self.gradient.device)
 
-    def squared_cosines(self, place: int) -> Tensor | None:
-        """Of what is left at a position with every label's direction [s v], zero for one that points away; None where nothing is left."""
-        scale = torch.cat(self.scales).median() if self.scales else self.gradient.new_ones(())
-        rest = self.gradient[:, place] - scale * self.later[:, place]
+    def evidence(self, place: int) -> Tensor | None:
+        """Every label's log-likelihood at a position [s v], up to a constant; None where nothing is left of the gradient."""
+        rest = self.gradient[:, place] - self.scale * self.later[:, place]
         self.heard = rest.norm(dim=-1) > SILENT * self.largest
         if not bool(self.heard.any()):
             return None
-        cosine, self.fitted = self.tail.fit(place, rest)
-        found: Tensor = (cosine.clamp_min(0).square() * self.heard[:, None]).cpu()
-        return found
+        (product, square), length = self.tail.fit(place, rest), rest.square().sum(1, keepdim=True).clamp_min(1e-30)
+        width, share = rest.shape[1], self.share
+        if self.rule == "length":
+            apart = length - 2 * self.scale * product + self.scale**2 * square
+            found = -0.5 * width * (apart / (share * self.scale**2 * square) + square.log())
+        else:
+            found = 0.5 * width * (1 + share) / share * product.clamp_min(0).square() / (square * length)
+        return torch.where(self.heard[:, None], found, 0.0).cpu()
 
     def accept(self, place: int, labels: Tensor) -> None:
         """These labels [s] are those of the position."""
-        if bool(self.heard.any()):
-            size = self.fitted.gather(1, labels.clamp_min(0)[:, None].to(self.fitted.device))[:, 0]
-            if bool((self.heard & (size > 0)).any()):
-                self.scales.append(size[self.heard & (size > 0)])
         if self.tail.end < self.tail.split.blocks:
             self.later += self.tail.caused_by(place, labels)
 
@@ -230,27 +240,33 @@ def read_labels(
     until_s: float,
     pairs: AdapterBank | None = None,
     share: float = 0.0,
+    rule: LabelRule = "direction",
 ) -> Labels:
     """The labels behind gradients that came back at one visit or several.
 
-    `share`: the square of the wire's relative error. A gradient of length g and cosine c to a label's direction, under noise that makes up
-    share / (1 + share) of its square, has a log-likelihood of g^2 c^2 / 2 over the noise's variance: d c^2 (1 + share) / (2 share). Those
-    of several visits add up.
+    A label's gradient is s v, with v of known direction and length and s one over the number of targets; the wire adds noise of variance
+    share s^2 v^2 / d in each of d channels. Rule "direction" leaves the length open: of cosine c the log-likelihood is
+    d c^2 (1 + share) / (2 share). "direction with prior" adds what the tail itself predicts; "length" does, and uses the length:
+    -|g - s v|^2 / (2 variance) - d log |v|. Those of several visits add up.
     """
-    looks = [_Look(Tail(split, bank, end, one.output, pairs), one.gradient) for one in returned]
+    looks = [_Look(Tail(split, bank, end, one.output, pairs), one, rule, share) for one in returned]
     found = torch.full(returned[0].labels.shape, NO_LABEL)
-    tokens, width = found.shape[1], returned[0].gradient.shape[-1]
-    evidence = torch.zeros(*found.shape, looks[0].tail.logits.shape[-1])
-    weight = width * (1 + max(share, LEAST_SHARE)) / (2 * max(share, LEAST_SHARE))
+    tokens = found.shape[1]
+    weight = split.head.weight
+    assert isinstance(weight, Tensor)
+    evidence = torch.zeros(*found.shape, len(weight))
     for place in range(tokens - 1, -1, -1):
         if monotonic_s() > until_s:
             return Labels(found, tokens - 1 - place, evidence)
-        squares = [one for one in (look.squared_cosines(place) for look in looks) if one is not None]
-        if not squares:
+        told = [one for one in (look.evidence(place) for look in looks) if one is not None]
+        if not told:
             continue
-        evidence[:, place] = weight * torch.stack(squares).sum(0)
+        evidence[:, place] = torch.stack(told).sum(0)
         heard = torch.stack([look.heard.cpu() for look in looks]).any(0)
-        found[:, place] = torch.where(heard, evidence[:, place].argmax(1), NO_LABEL)
+        value = evidence[:, place]
+        if rule != "direction":
+            value = value + torch.stack([look.tail.logits(place).detach().log_softmax(-1).cpu() for look in looks]).mean(0)
+        found[:, place] = torch.where(heard, value.argmax(1), NO_LABEL)
         for look in looks:
             look.accept(place, found[:, place])
     return Labels(found, tokens, evidence)

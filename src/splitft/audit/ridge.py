@@ -60,14 +60,15 @@ class Inverter:
 
 
 class Sums:
-    """What is kept of public states at one cut: products of channels, sums by token, and some held-out rows."""
+    """What is kept of public states at one cut: products of channels, their products with the embeddings' directions [v e], and some
+    held-out rows."""
 
-    def __init__(self, vocabulary: int, first: Tensor) -> None:
-        width = first.shape[1] + 1
+    def __init__(self, table: Tensor, first: Tensor) -> None:
+        self.table, width = table, first.shape[1] + 1
         self.mean, deviation = first.mean(0), first.std(0)
         self.deviation = deviation.clamp_min(1e-6 * float(deviation.max()) + 1e-12)
         self.products = torch.zeros(width, width, dtype=torch.float64)
-        self.by_token = torch.zeros(vocabulary, width, dtype=torch.float64)
+        self.targets = torch.zeros(width, table.shape[1], dtype=torch.float64)
         self.rows = 0
         self.held: list[tuple[Tensor, Tensor]] = []
 
@@ -78,33 +79,30 @@ class Sums:
         """States [q d] as they arrived, and the tokens [q] they are of."""
         rows = self.standard(flat)
         self.products += (rows.T @ rows).double()  # a batch in float32, their sum in float64
-        self.by_token.index_add_(0, tokens, rows.double())
+        self.targets += (rows.T @ self.table[tokens]).double()
         self.rows += len(tokens)
 
     def hold(self, flat: Tensor, tokens: Tensor) -> None:
         """States [q d] to choose the penalty by."""
         self.held.append((flat, tokens))
 
-    def fit(self, table: Tensor, sequences: int) -> Inverter:
+    def fit(self, sequences: int) -> Inverter:
         """The inverter with the best penalty; of equal ones the largest."""
-        targets = self.by_token.T @ table.double()
         unit = torch.eye(len(self.products), dtype=torch.float64)
         held = torch.cat([flat for flat, _ in self.held])[:HELD_OUT_TOKENS]
         tokens = torch.cat([token for _, token in self.held])[:HELD_OUT_TOKENS]
         best: Inverter | None = None
         for penalty in PENALTIES:
-            weight = torch.linalg.solve(self.products + penalty * max(self.rows, 1) / 100 * unit, targets).float()
+            weight = torch.linalg.solve(self.products + penalty * max(self.rows, 1) / 100 * unit, self.targets).float()
             made = Inverter(self.mean, self.deviation, weight, penalty, 0.0, sequences)
-            accuracy = float((made.scores(held, table).argmax(-1) == tokens).double().mean())
+            accuracy = float((made.scores(held, self.table).argmax(-1) == tokens).double().mean())
             if best is None or accuracy >= best.accuracy:
                 best = Inverter(self.mean, self.deviation, weight, penalty, accuracy, sequences)
         assert best is not None
         return best
 
 
-def learn(
-    bottom: Bottom, taps: Mapping[KeyT, PublicTap], public: TokenRows, table: Tensor, vocabulary: int, until_s: float
-) -> dict[KeyT, Inverter]:
+def learn(bottom: Bottom, taps: Mapping[KeyT, PublicTap], public: TokenRows, table: Tensor, until_s: float) -> dict[KeyT, Inverter]:
     """An inverter for every one of `taps`, from as many rows of `public` as time allows, all of one length; one row in ten is held out."""
     cuts: Sequence[int] = sorted({tap.plan.cut for tap in taps.values()})
     sums: dict[KeyT, Sums] = {}
@@ -121,9 +119,9 @@ def learn(
             arrived = tap.public(states[tap.plan.cut], number).float().cpu()
             width = arrived.shape[-1]
             if key not in sums:
-                sums[key] = Sums(vocabulary, arrived.reshape(-1, width))
+                sums[key] = Sums(table, arrived.reshape(-1, width))
             sums[key].add(arrived[~held].reshape(-1, width), batch[~held].reshape(-1))
             if bool(held.any()):
                 sums[key].hold(arrived[held].reshape(-1, width), batch[held].reshape(-1))
         used += len(batch)
-    return {key: made.fit(table, used) for key, made in sums.items()}
+    return {key: made.fit(used) for key, made in sums.items()}

@@ -16,6 +16,7 @@ from splitft.split import Route, SplitModel
 
 RARE_FREQUENCY = 1e-4
 Z_95 = 1.959963984540054
+T_975 = (12.706205, 4.302653, 3.182446, 2.776445, 2.570582, 2.446912)
 
 
 def wilson(hits: float, trials: float) -> tuple[float, float]:
@@ -29,21 +30,33 @@ def wilson(hits: float, trials: float) -> tuple[float, float]:
     return middle - half if hits else 0.0, middle + half if hits < trials else 1.0
 
 
+def t_quantile(freedom: int) -> float:
+    """The 97.5 % point of Student's distribution with so many degrees of freedom (Cornish and Fisher's expansion from seven on)."""
+    if freedom <= len(T_975):
+        return T_975[freedom - 1]
+    z = Z_95
+    terms = (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96, (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
+    return z + math.fsum(term / freedom ** (power + 1) for power, term in enumerate(terms))
+
+
 def clustered(hits: Sequence[int], trials: Sequence[int]) -> tuple[float, float]:
     """95 % score interval of a share of tokens that come in rows, with so many hits and trials each.
 
-    Tokens of a row are recovered together or not at all, more than by chance: where rows differ more than independent tokens would, the
-    interval is that of as many fewer tokens (Kish's design effect, estimated from the rows; Korn and Graubard 1998). Few rows say little of
-    how much they differ: the estimate is as rough as they are few.
+    Tokens of a row are recovered together or not at all, more than by chance. The interval is that of as many fewer tokens as rows differ
+    more than independent tokens would (Kish's design effect, estimated from the rows), and as few rows say little of how much they differ
+    (the square of Student's point over the normal one: Korn and Graubard 1998, Survey Methodology 24). One row counts as one token.
     """
     total, count = sum(hits), sum(trials)
     rows = [(one, of) for one, of in zip(hits, trials, strict=True) if of]
-    share = total / count if count else 0.0
-    if len(rows) < 2 or not 0.0 < share < 1.0:
-        return wilson(total, count)
-    # Ratio estimator: the variance of the share between rows, over that of independent tokens.
-    between = len(rows) / (len(rows) - 1) * sum((one - share * of) ** 2 for one, of in rows) / count**2
-    effect = min(max(1.0, between / (share * (1 - share) / count)), count / len(rows))
+    if not rows:
+        return 0.0, 1.0
+    share = total / count
+    effect = float(count)
+    if len(rows) > 1:
+        # Ratio estimator: the variance of the share between rows, over that of independent tokens.
+        between = len(rows) / (len(rows) - 1) * sum((one - share * of) ** 2 for one, of in rows) / count**2
+        plain = share * (1 - share) / count
+        effect = min(effect, max(1.0, between / plain if plain else 1.0) * (t_quantile(len(rows) - 1) / Z_95) ** 2)
     return wilson(total / effect, count / effect)
 
 

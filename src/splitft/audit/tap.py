@@ -18,6 +18,7 @@ from splitft.compress.entropy import Entropy
 from splitft.compress.identity import Identity
 from splitft.compress.noise import Noise
 from splitft.compress.projection import Projection
+from splitft.compress.quantize import Quantize
 from splitft.engine.settings import TrainSettings
 from splitft.engine.streams import StreamStates, open_step_streams, states_after
 from splitft.types import Plan
@@ -94,14 +95,25 @@ class PublicTap(Protocol):
 
 
 def averaged(codec: Codec, visits: int) -> Codec | None:
-    """A codec whose one visit is like the mean of so many, where there is one: noise over what is linear shrinks by their square root."""
+    """A codec whose one visit is like the mean of so many, where there is one: noise over what is linear shrinks by their square root.
+
+    What rounds after the noise rounds every visit another way, so that in the mean it is as if it did not round.
+    """
+    if visits == 1:
+        return codec
     if isinstance(codec, Entropy):
         inner = averaged(codec.inner, visits)
         return None if inner is None else replace(codec, inner=inner)
     if not isinstance(codec, Noise):
         return None
-    inside = codec.inner.inner if isinstance(codec.inner, Projection) else codec.inner
-    return replace(codec, multiple=codec.multiple / visits**0.5) if isinstance(inside, Identity | Cast) else None
+    through = codec.inner
+    if isinstance(through, Projection) and isinstance(through.inner, Identity | Cast | Quantize):
+        through = replace(through, inner=Identity())
+    elif isinstance(through, Identity | Cast | Quantize):
+        through = Identity()
+    else:
+        return None
+    return replace(codec, multiple=codec.multiple / visits**0.5, inner=through)
 
 
 class Tap:
@@ -117,7 +129,7 @@ class Tap:
         self.settings, self.plan = settings, replace(plan, cut=cut)
         self.private_streams = open_step_streams(settings, self.plan, PRIVATE_ROUND, None)
         self.known: StreamStates | None = None
-        self.played = 1
+        self.visits = self.played = 1
         self.scaled: dict[int, bool] = {}  # the places where one visit stands for all
 
     def come_by(self, visits: int) -> None:
@@ -128,11 +140,16 @@ class Tap:
         self.settings = replace(self.settings, uplink=once[0] or up, exit_uplink=once[1] or back)
         self.private_streams = open_step_streams(self.settings, self.plan, PRIVATE_ROUND, None)
         self.scaled = {0: once[0] is not None, 3: once[1] is not None}
-        self.played = min(visits, MOST_PLAYED)
+        self.visits, self.played = visits, min(visits, MOST_PLAYED)
 
     def follow(self) -> None:
         """From now on public text goes through what the private text has left at the server: axes that were fitted to it, say."""
         self.known = states_after(self.settings, self.plan, self.private_streams)
+
+    @property
+    def looked(self) -> int:
+        """Over how many visits what arrives at the cut is the mean."""
+        return self.visits if self.scaled.get(0, False) else self.played
 
     @property
     def draws(self) -> bool:

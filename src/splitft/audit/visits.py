@@ -96,7 +96,7 @@ def visits_of(case: Case, open_tap: OpenTap, now: AdapterBank, cut: int, visits:
 
     ids, tap = case.private, opened()
     states = Bottom(case.split, now, cut, now).hidden(ids)
-    first = mean_of(visits) if tap.draws and not tap.remembers else FIRST
+    first = mean_of(tap.looked)
     found = {first: _visit(tap, tap.private(states), opened())}
     if tap.remembers:
         earlier = bank_of(case, case.earlier)

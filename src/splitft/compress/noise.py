@@ -27,14 +27,13 @@ from splitft.privacy.gaussian import epsilon_of
 
 @dataclass(frozen=True)
 class Noise(Wrapper):
-    """Shorten every row that is longer than `clip`, add Gaussian noise of standard deviation `multiple` * clip to every channel, and send
-    it through `inner`.
+    """Add Gaussian noise to every channel, of `multiple` times the row's root mean square; with a `clip`, rows are shortened to that length
+    first and the unit is the clip, sqrt(d) times as much; send it through `inner`.
 
-    That is the analytic Gaussian mechanism with sensitivity 2 clip (arXiv 1805.06530). Its unit is one row sent once: the vector of one
-    position. A word of text is in the rows of all later positions too, and each time they are sent: `epsilon_of_rows` counts them. Noise in
-    root mean squares of a row at the clip is `multiple` * sqrt(d), far above what a model bears at any epsilon worth the name; so look at
-    the audit. `clip` 0: no row is shortened, the deviation is `multiple` times the row's own root mean square, and it is called
-    obfuscation: no epsilon.
+    With a clip that is the analytic Gaussian mechanism with sensitivity 2 clip (arXiv 1805.06530). Its unit is one row sent once: the
+    vector of one position. A word of text is in the rows of all later positions too, and each time they are sent: `epsilon_of_rows` counts
+    them. Noise in root mean squares of a row at the clip is `multiple` * sqrt(d), far above what a model bears at any epsilon worth the
+    name; so look at the audit. Without a clip (0) it is called obfuscation: no epsilon.
 
     The noise follows from the stream's key of 256 bits (client, round, place and packet are in it) and every bit of the packet's values:
     the same values sent again there are the same bytes. Values that differ in a bit get fresh noise, which averages out over many
