@@ -198,7 +198,7 @@ def plot(audit: Audit) -> str:
     axis = "cut" if several else "position in the text"
     chart = LineChart(tuple(series), axis, "share of tokens recovered", whole_x=True, zero=True, x_scale=None if several else _span(places))
     said = f"{audit.verdict.text}. Model alone: the base model's first choice with the true text before it."
-    drawing, title = chart.draw(), f"Tokens recovered by {axis}: K knows the adapter, B the base"
+    drawing, title = chart.draw(), f"Tokens recovered by {axis.split()[0]} (K: adapter known, B: base only)"
     head, body = drawing.svg("audit", title, said).split("</desc>", 1)
     size = f"{drawing.width:g} {drawing.height:g}"
     # The drawing has no heading of its own: in a report that stands in the page.
