@@ -18,7 +18,7 @@ from splitft.apps.executors import in_slots
 from splitft.apps.ray_engine import Skeleton, crew_of, require_ray
 from splitft.apps.session import FederatedRun
 from splitft.config import RunConfig, parse_config
-from splitft.errors import ConfigError, MissingExtraError
+from splitft.errors import ConfigError, MissingExtraError, ResourceError
 
 from ..tiny_run import tiny_config
 
@@ -238,3 +238,24 @@ def test_a_missing_ray_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(MissingExtraError) as caught:
         require_ray()
     assert 'pip install "splitft[ray]"' in caught.value.remedy
+
+
+@pytest.mark.parametrize("failures", [1, 2])
+def test_a_ray_that_does_not_come_up_is_tried_twice(monkeypatch: pytest.MonkeyPatch, failures: int) -> None:
+    import splitft.apps.ray_engine as ray_engine
+
+    tried: list[int] = []
+
+    def once(cores: int) -> ray_engine.Connection:
+        tried.append(cores)
+        if len(tried) <= failures:
+            raise RuntimeError("Timed out waiting for file port\nand more")
+        return ray_engine.Connection((float(cores),), True, lambda: None)
+
+    monkeypatch.setattr(ray_engine, "_start_once", once)
+    if failures == 1:
+        assert ray_engine._start(2).cores == (2.0,)
+    else:
+        with pytest.raises(ResourceError, match=r"Timed out waiting for file port\."):
+            ray_engine._start(2)
+    assert tried == [2, 2]

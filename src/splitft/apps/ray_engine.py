@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import gc
 import importlib.util
 import math
 import os
@@ -15,6 +16,7 @@ import shutil
 import signal
 import socket
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,6 +143,24 @@ def _require_listener(address: str) -> None:
 
 
 def _start(cores: int) -> Connection:
+    """A Ray of our own. Its first process sometimes does not come up on a busy machine, so it is tried twice. Raises ResourceError."""
+    try:
+        return _start_once(cores)
+    except RuntimeError:
+        pass
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        gc.collect()  # Ray forgets the process that it gave up
+    try:
+        return _start_once(cores)
+    except RuntimeError as problem:
+        raise ResourceError(
+            f"Ray does not start on this machine: {_first_line(problem)}.",
+            'try again when it is less busy, start Ray yourself and give engine.address, or take engine = "cohort".',
+        ) from problem
+
+
+def _start_once(cores: int) -> Connection:
     """A Ray of our own on the loopback address, its files in a folder that goes with it."""
     import ray
 
