@@ -1,8 +1,8 @@
 """What an audit is given and what it finds, as plain values.
 
-Three attackers. K knows the adapter of the client's blocks: the server itself knows it at the start of every round, for every block above
-the shallowest cut. B knows only the public base weights. L has the gradients that come back in a U-shape and wants the labels. K and B have
-a family of attacks each, of which the best counts; L has one attack.
+Attackers. K knows the adapter of the client's blocks: the server itself knows it at the start of every round, for every block above
+the shallowest cut. B knows only the public base weights. L has the gradients that come back in a U-shape and wants the labels. K+L
+has both. Each has a family of attacks, of which the best counts.
 
 Axes: s sequences, t tokens, d hidden width, v vocabulary, p adapter parameters.
 """
@@ -163,7 +163,7 @@ class CutAudit:
 @dataclass(frozen=True)
 class Audit:
     """An audit as a whole. `labels_sent`: the labels themselves cross, which is the text. `visits` of a text that were attacked together:
-    one where nothing is drawn, since another would be the same again."""
+    one where nothing is drawn or remembered, since another would be the same again."""
 
     cuts: tuple[CutAudit, ...]
     floors: Floors

@@ -3,8 +3,8 @@
 The server knows its own output u and the gradient g that comes back. The gradient at a position is, up to one positive scale,
 J^T W^T (p - e_y) of that position's own loss plus what later positions cause through attention. From the last position to the first, what
 later ones cause is subtracted (their labels are found by then), and the label is the one whose direction fits the rest best. No training,
-no search: exact where the tail is known. It is one attack and not the best of a family: where it gets less, others may get more. Its
-log-likelihoods join those of the states in the attack K+L (`beam.py`).
+no search: exact where the tail is known and the wire is clean; over a noisy one the tail's own prediction and the gradient's length are
+used too (`LABEL_RULES`). The log-likelihoods join those of the states in the attack K+L (`beam.py`).
 
 Axes: s sequences, t tokens, d hidden width (o of the exit's), v vocabulary, r rows.
 """
